@@ -1,19 +1,19 @@
-"""cdslm: a spoken language model by continuous diffusion, in one file. No text anywhere: it hears speech and goes on speaking.
+"""cdslm: a spoken language model by continuous diffusion, in one file. No text anywhere: it hears speech and speaks on.
 
 A reimplementation of "Scaling Properties of Continuous Diffusion Spoken Language Models" (Ramapuram et al., 2026,
 arXiv 2604.24416), written to be read from top to bottom, in the order in which data flows:
 
-    Config          one dataclass: every setting, its meaning, its flag
-    Sound           a file -> 24 kHz samples -> 80 log-mel bands, 80 frames a second
-    Autoencoder     samples <-> frames; the decoder that turns frames back into sound is learned here
-    Data            recordings or toy speech -> a cache on disk -> windows of context + continuation
-    Diffusion       noise schedules, what the network predicts, the loss
-    MM-DiT          the network: two streams, context and continuation, one attention
-    Sampler         noise -> speech: DDIM, DPM-Solver++(2M), guidance, window after window
-    Optimiser       how learning rates follow from width and depth, schedules, averaged weights
-    Checkpoints     written whole or not at all; the same command resumes
-    Training        the loop
-    main            the command line
+    Config         one dataclass: every setting, its meaning, its flag
+    Sound          a file -> 24 kHz samples -> 80 log-mel bands, 80 frames a second
+    Autoencoder    samples <-> frames; the decoder that turns frames back into sound is learned here
+    Data           recordings or toy speech -> a cache on disk -> windows of context + continuation
+    Diffusion      noise schedules, what the network predicts, the loss
+    MM-DiT         the network: two streams, context and continuation, one attention
+    Sampler        noise -> speech: DDIM, DPM-Solver++(2M), guidance, window after window
+    Optimiser      how learning rates follow from width and depth, schedules, averaged weights
+    Checkpoints    written whole or not at all; the same command resumes
+    Training       the loop
+    main           the command line
 
     python cdslm.py --size tiny                         ten minutes on two CPU cores; then listen to out/tiny/*.wav
     python cdslm.py --size tiny --data my_recordings    the same on your own recordings
@@ -24,12 +24,15 @@ Marks in the comments: [paper] is stated there; CHOICE: the paper is silent; DEV
 import argparse
 import concurrent.futures
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import json
 import math
 import os
+import re
 import shutil
+import signal
 import sys
 import time
 from dataclasses import dataclass, field
@@ -48,74 +51,79 @@ class UserError(Exception):
     """Something the user can mend: printed as one line, exit status 2."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Config. One dial, the depth: width is 128 times the depth [paper], heads are 64 wide, and `--size` names a depth with
-# the window and the budget that suit it. Any field can be overridden: `--steps 500`, `Config(size="tiny", steps=500)`.
+# ----------------------------------------------------------------------------------------------------------------------
+# Config. One dial, the depth L: the width is 128 L [paper], heads are 64 wide, and `--size` names a depth with the window
+# and the budget that suit it. Any field overrides it: `--steps 500`, `Config(size="tiny", steps=500)`.
 
+PAPER = dict(ctx_seconds=10.0, gen_seconds=30.0, patch_size=4, predict="v", optimizer="adamw")
+# DEVIATION: on a laptop x0-prediction, long patches and Muon reach words several times sooner (README, leaderboard)
+LAPTOP = dict(patch_size=8, predict="x0", optimizer="muon", batch_size=32)
 SIZES = {
-    "tiny": dict(depth=2, ctx_seconds=1.0, gen_seconds=3.0, patch_size=8, predict="x0", optimizer="muon", batch_size=32, steps=5000),
-    "small": dict(depth=3, ctx_seconds=2.0, gen_seconds=6.0, patch_size=8, predict="x0", optimizer="muon", batch_size=32, steps=40_000),
-    "base": dict(depth=4, batch_size=64, steps=100_000),
-    "medium": dict(depth=8, batch_size=256, steps=200_000),
-    "large": dict(depth=12, batch_size=256, steps=300_000),
-    "xl": dict(depth=16, batch_size=512, steps=300_000),
-    "11b": dict(depth=27, batch_size=1024, steps=400_000),
-    "16b": dict(depth=30, batch_size=1024, steps=500_000),
+    "tiny": LAPTOP | dict(depth=2, ctx_seconds=1.0, gen_seconds=3.0, steps=5000),
+    "small": LAPTOP | dict(depth=3, ctx_seconds=2.0, gen_seconds=6.0, steps=40_000),
+    "base": PAPER | dict(depth=4, batch_size=64, steps=100_000),
+    "medium": PAPER | dict(depth=8, batch_size=256, steps=200_000),
+    "large": PAPER | dict(depth=12, batch_size=256, steps=300_000),
+    "xl": PAPER | dict(depth=16, batch_size=512, steps=300_000),
+    "11b": PAPER | dict(depth=27, batch_size=1024, steps=400_000),
+    "16b": PAPER | dict(depth=30, batch_size=1024, steps=500_000),
 }
-SIZES = {name: dict(ctx_seconds=10.0, gen_seconds=30.0, patch_size=4, predict="v", optimizer="adamw") | row for name, row in SIZES.items()}
 
 
-def opt(default, text, *choices):
-    return field(default=default, metadata={"text": text, "choices": choices})
+def opt(default, text, *choices, above=None, least=None, section=None):
+    """A field of Config: its default, its meaning, what it may be, and the section of --help that begins with it."""
+    return field(default=default, metadata=dict(text=text, choices=choices, above=above, least=least, section=section))
 
 
 @dataclass
 class Config:
     """Every setting of a run. A field left at None takes its value from `SIZES[size]`."""
-    size: str = opt("tiny", "the one dial: how deep, and with it how wide, how long a window and how many steps", *SIZES)
-    # data
-    data: str = opt("toy", "a folder of recordings, searched to any depth, or 'toy' for the built-in invented languages")
-    toy_words: int = opt(16, "toy speech: words in each language")
-    toy_languages: int = opt(2, "toy speech: how many languages")
-    toy_hours: float = opt(3.0, "toy speech: hours to synthesise (about 500 times faster than real time)")
-    ctx_seconds: float = opt(None, "seconds of speech heard before the model speaks")
-    gen_seconds: float = opt(None, "seconds it learns to speak in one go")
-    # sound
-    latent_dim: int = opt(0, "0: diffuse log-mel frames, as the paper does; 16, say: diffuse learned latents of that many numbers a frame")
-    decoder: str = opt("neural", "what turns frames into sound: a learned decoder, or Griffin-Lim, which needs no training", "neural", "griffinlim")
-    decoder_steps: int = opt(600, "training steps of the learned decoder")
-    # network
-    depth: int = opt(None, "number of blocks L")
-    width: int = opt(None, "model width d; 128 L unless you say otherwise")
-    patch_size: int = opt(None, "k consecutive frames make one token")
-    # diffusion
-    predict: str = opt(None, "what the network predicts: the velocity (the paper) or the clean frames", "v", "x0")
+    size: str = opt("tiny", "the one dial: how deep, and with it how wide, how long a window, how many steps", *SIZES)
+
+    data: str = opt("toy", "a folder of recordings, searched to any depth; 'toy' is the built-in corpus", section="data")
+    toy_words: int = opt(16, "toy speech: words in each invented language", least=2)
+    toy_languages: int = opt(2, "toy speech: how many languages", above=0)
+    toy_hours: float = opt(3.0, "toy speech: hours to synthesise, some 300 times faster than real time", above=0)
+    ctx_seconds: float = opt(None, "seconds of speech heard before the model speaks", above=0)
+    gen_seconds: float = opt(None, "seconds it learns to speak in one go", above=0)
+
+    latent_dim: int = opt(0, "0: diffuse log-mel (the paper); 16, say: diffuse that many learned latents a frame",
+                          least=0, section="sound")
+    decoder: str = opt("neural", "frames to sound: learned, or Griffin-Lim (no training)", "neural", "griffinlim")
+    decoder_steps: int = opt(600, "training steps of the learned decoder", least=0)
+
+    depth: int = opt(None, "number of blocks L", above=0, section="network")
+    width: int = opt(None, "model width d; 128 L unless you say otherwise", above=0)
+    patch_size: int = opt(None, "k consecutive frames make one token", above=0)
+
+    predict: str = opt(None, "the network predicts the velocity (the paper) or the clean frames", "v", "x0",
+                       section="diffusion")
     schedule: str = opt("cosine", "noise schedule", "cosine", "linear", "exponential")
-    zero_terminal_snr: bool = opt(False, "noise all the way: no trace of speech left at t = 1")
-    min_snr_gamma: float = opt(5.0, "cap of the loss weight min(SNR, gamma)")
+    zero_terminal_snr: bool = opt(False, "noise all the way: no trace of speech is left at t = 1")
+    min_snr_gamma: float = opt(5.0, "cap of the loss weight min(SNR, gamma)", above=0)
     t_shift: float = opt(0.0, "train more at high noise, where language is decided: logit(t) is shifted by this")
-    ctx_drop: float = opt(0.0, "share of training contexts replaced by silence (the paper: none)")
-    # training
-    steps: int = opt(None, "optimiser steps; a larger number extends a finished run")
-    batch_size: int = opt(None, "windows per step, over all devices")
-    micro_batch: int = opt(0, "windows per forward pass, to save memory; 0: all at once")
-    optimizer: str = opt(None, "for the hidden matrices: AdamW (the paper) or Muon; all else is AdamW's", "adamw", "muon")
-    lr: float = opt(1e-3, "AdamW learning rate of the base model (L = 4); other sizes follow by muP")
-    muon_lr: float = opt(0.01, "Muon learning rate; the same for every width")
-    weight_decay: float = opt(0.03, "AdamW weight decay of the base model")
-    lr_schedule: str = opt("wsd", "warm-up, then stable with a linear decay at the end, or a cosine", "wsd", "cosine")
-    warmup: int = opt(100, "steps until the full learning rate")
-    clip: float = opt(1.0, "largest gradient norm")
-    ema: float = opt(0.999, "averaging of the weights that are evaluated and sampled from; 0 turns it off")
-    eval_every: int = opt(500, "steps between validations and checkpoints")
-    seed: int = opt(0, "everything random follows from this and from the number of the sample")
-    # machine
-    out: str = opt(None, "run folder; out/SIZE unless you say otherwise")
+    ctx_drop: float = opt(0.0, "share of training contexts replaced by silence (the paper: none)", least=0)
+
+    steps: int = opt(None, "optimiser steps; a larger number extends a finished run", above=0, section="training")
+    batch_size: int = opt(None, "windows a step, over all devices", above=0)
+    micro_batch: int = opt(0, "windows a forward pass, to save memory; 0: all at once", least=0)
+    optimizer: str = opt(None, "for the hidden matrices; all else is AdamW's, as in the paper", "adamw", "muon")
+    lr: float = opt(1e-3, "AdamW learning rate of the base model (L = 4); other sizes follow by muP", above=0)
+    muon_lr: float = opt(0.01, "Muon learning rate, the same at every width", above=0)
+    weight_decay: float = opt(0.03, "AdamW weight decay of the base model", least=0)
+    lr_schedule: str = opt("wsd", "warm-up, stable, linear decay; or warm-up and cosine", "wsd", "cosine")
+    warmup: int = opt(100, "steps until the full learning rate", least=0)
+    clip: float = opt(1.0, "largest gradient norm", above=0)
+    ema: float = opt(0.999, "memory of the averaged weights that are evaluated and sampled from; 0: none", least=0)
+    eval_every: int = opt(500, "steps between validations, each with a checkpoint", above=0)
+    seed: int = opt(0, "everything random follows from this and the number of the sample", least=0)
+
+    out: str = opt(None, "run folder; out/SIZE unless you say otherwise", section="machine")
     device: str = opt("auto", "cuda, mps, cpu; auto takes the first there is")
-    dtype: str = opt("auto", "precision of the matrix products; auto is bf16 where the hardware has it", "auto", "bf16", "fp32")
+    dtype: str = opt("auto", "of matrix products; auto is bf16 where the hardware has it", "auto", "bf16", "fp32")
     compile: bool = opt(False, "torch.compile the network")
     dry_run: bool = opt(False, "say what would be done, and stop")
-    json: bool = opt(False, "with --dry-run: as JSON")
+    json: bool = opt(False, "with --dry-run: say it as JSON")
 
     def __post_init__(self):
         if self.size not in SIZES:
@@ -123,31 +131,27 @@ class Config:
         for name, value in SIZES[self.size].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        self.width = self.width or 128 * self.depth
+        self.width = 128 * self.depth if self.width is None else self.width
         self.out = self.out or f"out/{self.size}"
-        self.check()
-
-    def check(self):
         for f in dataclasses.fields(self):
-            value, choices = getattr(self, f.name), f.metadata["choices"]
-            if choices and value not in choices:
-                raise UserError(f"--{f.name.replace('_', '-')} is {value!r}; choose one of {', '.join(choices)}")
-            if isinstance(value, float) and not math.isfinite(value):
-                raise UserError(f"--{f.name.replace('_', '-')} must be a finite number")
-        positive = "depth width patch_size ctx_frames gen_frames steps batch_size lr muon_lr min_snr_gamma clip eval_every toy_hours toy_languages"
-        natural = "latent_dim decoder_steps micro_batch weight_decay warmup seed"
-        for name, bad in [(n, getattr(self, n) <= 0) for n in positive.split()] + [(n, getattr(self, n) < 0) for n in natural.split()]:
-            if bad:
-                flag = {"ctx_frames": "ctx_seconds", "gen_frames": "gen_seconds"}.get(name, name)
-                raise UserError(f"--{flag.replace('_', '-')} must be {'positive' if name in positive.split() else 'at least 0'}")
-        if self.toy_words < 2:
-            raise UserError("--toy-words must be at least 2")
-        if not (0 <= self.ctx_drop <= 1 and 0 <= self.ema < 1):
-            raise UserError("--ctx-drop must be between 0 and 1, --ema at least 0 and less than 1")
-        if self.width % 4 or (self.width > 64 and self.width % 64):
-            raise UserError(f"--width must be a multiple of 64 (or of 4 below 64), not {self.width}")
+            self._check("--" + f.name.replace("_", "-"), getattr(self, f.name), **f.metadata)
+        if self.ctx_drop > 1 or self.ema >= 1:
+            raise UserError("--ctx-drop must be at most 1, --ema less than 1")
+        if not (self.ctx_frames and self.gen_frames):
+            raise UserError(f"--ctx-seconds and --gen-seconds must hold at least one patch of {self.patch_size} frames")
+        if self.width % (64 if self.width > 64 else 4):
+            raise UserError(f"--width must be a multiple of 64 (below 64, of 4), not {self.width}")
         if self.micro_batch and self.batch_size % self.micro_batch:
             raise UserError(f"--micro-batch {self.micro_batch} must divide --batch-size {self.batch_size}")
+
+    @staticmethod
+    def _check(flag, value, choices, above, least, **_):
+        if choices and value not in choices:
+            raise UserError(f"{flag} is {value!r}; choose one of {', '.join(choices)}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{flag} must be a finite number")
+        if above is not None and value <= above or least is not None and value < least:
+            raise UserError(f"{flag} must be {'at least ' + str(least) if above is None else 'more than ' + str(above)}")
 
     @property
     def ctx_frames(self):
@@ -161,65 +165,60 @@ class Config:
 
     @property
     def channels(self):
-        """Numbers per frame."""
+        """Numbers a frame."""
         return self.latent_dim or MELS
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Sound. Log-mel frames as in the paper: 24 kHz, window 1200 (50 ms), hop 300 (12.5 ms), 80 bands: 80 frames a second.
 # CHOICE: FFT 2048, Slaney's mel scale from 0 to 12 kHz, magnitudes, natural logarithm with a floor at 1e-5.
 
 RATE, HOP, WINDOW, FFT, MELS, FLOOR = 24_000, 300, 1200, 2048, 80, 1e-5
 FRAME_RATE = RATE // HOP
-AUDIO_FILES = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".caf", ".w64", ".rf64", ".sph"}
+AUDIO_FILES = set(".wav .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .au .caf .w64 .rf64 .sph".split())
 
 
-def mel_bank(fft=FFT, bands=MELS, rate=RATE):
-    """Slaney's triangles, each of unit area: (bands, fft/2 + 1). Linear below 1 kHz, logarithmic above (Auditory Toolbox, 1998)."""
-    def to_hz(mel):
-        return torch.where(mel < 15, mel * 200 / 3, 1000 * torch.exp((mel - 15) * math.log(6.4) / 27))
-    top = 15 + 27 * math.log(rate / 2 / 1000) / math.log(6.4)
-    edges = to_hz(torch.linspace(0, top, bands + 2, dtype=torch.float64))
+def mel_bank(fft=FFT):
+    """Slaney's triangles, each of unit area: (80, fft/2 + 1). Linear below 1 kHz, then logarithmic (1998)."""
+    step = math.log(6.4) / 27
+    mel = torch.linspace(0, 15 + math.log(RATE / 2 / 1000) / step, MELS + 2, dtype=torch.float64)
+    edges = torch.where(mel < 15, mel * 200 / 3, 1000 * torch.exp((mel - 15) * step))
     low, mid, high = edges[:-2, None], edges[1:-1, None], edges[2:, None]
-    bins = torch.linspace(0, rate / 2, fft // 2 + 1, dtype=torch.float64)
-    triangles = torch.minimum((bins - low) / (mid - low), (high - bins) / (high - mid)).clamp(min=0)
+    hertz = torch.linspace(0, RATE / 2, fft // 2 + 1, dtype=torch.float64)
+    triangles = torch.minimum((hertz - low) / (mid - low), (high - hertz) / (high - mid)).clamp(min=0)
     return (triangles * 2 / (high - low)).float()
 
 
 def stft(wave, fft=FFT, hop=HOP, window=WINDOW):
-    """(B, N) -> (B, fft/2 + 1, ceil(N/hop)) complex, frame i centred on sample i * hop; N is padded with zeros to whole frames."""
+    """(B, N) -> (B, fft/2 + 1, T) complex, T = ceil(N/hop), frame i centred on sample i * hop; zeros beyond the ends."""
     frames = -(-wave.shape[-1] // hop)
     wave = F.pad(wave, (fft // 2, frames * hop - wave.shape[-1] + fft // 2))
-    return torch.stft(wave, fft, hop, window, torch.hann_window(window, device=wave.device), center=False, return_complex=True)[..., :frames]
-
-
-def mel_spectrogram(wave):
-    """(B, N) samples at 24 kHz -> (B, T, 80) mel magnitudes, T = ceil(N/300)."""
-    return torch.einsum("bft,mf->btm", stft(wave).abs(), mel_bank().to(wave.device))
+    taper = torch.hann_window(window, device=wave.device)
+    return torch.stft(wave, fft, hop, window, taper, center=False, return_complex=True)[..., :frames]
 
 
 def log_mel(wave):
-    """(B, N) samples at 24 kHz -> (B, T, 80) log-mel frames, T = ceil(N/300). Digital silence is log(1e-5) in every band."""
-    return mel_spectrogram(wave).clamp(min=FLOOR).log()
+    """(B, N) samples at 24 kHz -> (B, T, 80) log-mel frames, T = ceil(N/300). Digital silence is log(1e-5) throughout."""
+    return (stft(wave).abs().mT @ mel_bank().to(wave.device).T).clamp(min=FLOOR).log()
 
 
 def resample(wave, rate, new_rate=RATE, width=24, rolloff=0.94):
-    """(N,) at `rate` Hz -> (ceil(N * new_rate / rate),) by windowed-sinc interpolation with anti-aliasing.
+    """(N,) at `rate` Hz -> (ceil(N * new_rate / rate),) by windowed-sinc interpolation (Smith, "Digital Audio Resampling").
 
-    The kernel is a sinc under a Kaiser window (beta 9, about 90 dB), `width` zero crossings a side; one phase of it for each of the
-    output positions between two input samples that coincide (Smith, "Digital Audio Resampling", 2002)."""
+    The kernel is a sinc with `width` zero crossings a side under a Kaiser window (beta 9, about 90 dB). Output positions
+    fall on `new` different phases between input samples, so one strided convolution with `new` kernels does it all."""
     if rate == new_rate:
         return wave
-    ratio = Fraction(new_rate, rate).limit_denominator(2000)  # odd rates: within 3e-7, and a table of bounded size
+    ratio = Fraction(new_rate, rate).limit_denominator(2000)  # odd rates: within 3e-7, with tables of bounded size
     new, old = ratio.numerator, ratio.denominator
-    scale = min(new / old, 1) * rolloff                       # cut-off, as a share of the input's Nyquist frequency
-    reach = math.ceil(width / scale)
-    time = torch.arange(-reach, reach + old, dtype=torch.float64)[None] - torch.arange(new, dtype=torch.float64)[:, None] * old / new
-    taper = torch.special.i0(9 * (1 - (time / (width / scale)) ** 2).clamp(min=0).sqrt()) / torch.special.i0(torch.tensor(9.0, dtype=torch.float64))
-    kernel = (scale * torch.sinc(scale * time) * taper * (time.abs() < width / scale)).float()[:, None]  # (new, 1, taps)
-    count = -(-len(wave) * new // old)
-    padded = F.pad(wave, (reach, reach + old))[None, None]
-    return F.conv1d(padded, kernel, stride=old)[0].T.reshape(-1)[:count]  # (1, new, M) -> (M * new,)
+    cutoff = min(new / old, 1) * rolloff                      # as a share of the input's Nyquist frequency
+    reach = math.ceil(width / cutoff)
+    at = torch.arange(-reach, reach + old).double() - torch.arange(new).double()[:, None] * old / new   # (new, taps)
+    taper = torch.special.i0(9 * (1 - (at * cutoff / width) ** 2).clamp(min=0).sqrt())
+    kernel = cutoff * torch.sinc(cutoff * at) * taper / torch.special.i0(torch.tensor(9.0).double())
+    kernel = (kernel * (at.abs() * cutoff < width)).float()
+    phases = F.conv1d(F.pad(wave, (reach, reach + old))[None, None], kernel[:, None], stride=old)       # (1, new, M)
+    return phases[0].T.reshape(-1)[:-(-len(wave) * new // old)]
 
 
 def reason(error):
@@ -227,16 +226,16 @@ def reason(error):
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def read_audio(path, start=0, stop=None):
-    """Yield seconds `start` to `stop` of a recording, a minute at a time: mono (the mean of the channels), 24 kHz, float32 (N,).
-    Raises UserError with the reason if it can't be read or holds NaN."""
+def read_audio(path, start=0, stop=math.inf):
+    """Yield seconds `start` to `stop` of a recording, a minute at a time: mono (the mean of the channels), 24 kHz,
+    float32 (N,). Raises UserError with the reason if it can't be read or holds NaN."""
     try:
         with soundfile.SoundFile(path) as file:
             rate = file.samplerate
             if not 8000 <= rate <= 192_000:
                 raise UserError(f"{path}: {rate} Hz is outside 8 to 192 kHz")
             file.seek(start * rate)
-            left = math.inf if stop is None else round(stop * rate) - start * rate
+            left = (stop - start) * rate
             while left > 0 and len(piece := file.read(int(min(60 * rate, left)), dtype="float32", always_2d=True)):
                 if not np.isfinite(piece).all():
                     raise UserError(f"{path}: contains NaN or infinite samples")
@@ -249,13 +248,13 @@ def read_audio(path, start=0, stop=None):
 def load_audio(path):
     """A whole recording as (N,) float32 at 24 kHz. Raises UserError if it is not audio, or empty."""
     pieces = list(read_audio(path))
-    if not pieces or not len(wave := torch.cat(pieces)):
+    if not pieces:
         raise UserError(f"{path}: contains no samples")
-    return wave
+    return torch.cat(pieces)
 
 
 def save_audio(path, wave):
-    """Write (N,) samples as a 16-bit WAV; louder than full scale is turned down, never clipped."""
+    """Write (N,) samples at 24 kHz as a 16-bit WAV; louder than full scale is turned down, never clipped."""
     wave = wave.detach().float().cpu().numpy()
     with replacing(path) as temporary:
         soundfile.write(temporary, wave / max(1.0, np.abs(wave).max(initial=0)), RATE, format="WAV", subtype="PCM_16")
@@ -397,7 +396,7 @@ def fit_autoencoder(config, corpus, device):
     optimizer = torch.optim.AdamW([p for p in model.parameters()] or [torch.zeros(1)], lr=1e-3, betas=(0.8, 0.99), weight_decay=0.01)
     bar = tqdm(range(steps), desc="autoencoder", unit="step", disable=not steps)
     for step in bar:
-        wave = corpus.audio("train", [keyed(config.seed, "autoencoder", step * 16 + i) for i in range(16)], 48)
+        wave = corpus.windows("audio", "train", [keyed(config.seed, "autoencoder", step * 16 + i) for i in range(16)], 48)
         loss = model.loss(torch.from_numpy(wave).to(device))
         optimizer.param_groups[0]["lr"] = 1e-3 * min(1, (step + 1) / 20) * (0.02 + 0.98 * math.cos(math.pi / 2 * step / steps) ** 2)
         optimizer.zero_grad(set_to_none=True)
@@ -408,23 +407,37 @@ def fit_autoencoder(config, corpus, device):
             bar.set_postfix(loss=f"{loss.item():.2f}")
     if config.latent_dim:
         with torch.no_grad():
-            mel = corpus.mel("train", [keyed(config.seed, "latents", i) for i in range(64)], 160)
+            mel = corpus.windows("mel", "train", [keyed(config.seed, "latents", i) for i in range(64)], 160)
             latents = model.from_mel(torch.from_numpy(mel).to(device))
         model.latent_stats.copy_(torch.stack([latents.mean(), latents.std()]))
     return model.eval().requires_grad_(False)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Data. A source (a folder, or the toy corpus) is a list of streams: a long recording, or short neighbours of one folder joined.
-# Streams are cached once in shards of about half an hour: int16 audio, which the decoder learns from, and float16 log-mel. Every
-# minute of a stream falls to training or validation by a hash of its name; a second is left out wherever the two meet.
+def open_autoencoder(config, corpus, device):
+    """The run's autoencoder, trained now if it isn't there yet. Beside it are kept a few held-out windows to listen to."""
+    path = Path(config.out) / "autoencoder.pt"
+    if not path.exists():
+        model = fit_autoencoder(config, corpus, device)
+        keys = [keyed(0, "example", i) for i in range(8)]
+        examples = corpus.windows("audio", "valid", keys, config.ctx_frames + config.gen_frames)
+        save(path, autoencoder=model.state_dict(), examples=torch.from_numpy(examples * 32767).short())
+    model = AudioAutoencoder(config.latent_dim, config.decoder)
+    model.load_state_dict(load(path)["autoencoder"])
+    return model.to(device).eval().requires_grad_(False)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data. A source, a folder or the toy corpus, is a list of stretches of speech: half an hour of one recording at the most,
+# or short neighbours of one folder joined up to a minute. They are cached once in shards of about half an hour: int16
+# audio, which the decoder learns from, and float16 log-mel. A hash of its name and minute decides whether a minute is for
+# training or for validation; where the two meet in one recording, a second is left out.
 
 CACHE_VERSION, SHARD_SECONDS, BLOCK_SECONDS, VALIDATION_SHARE = 1, 1800, 60, 0.06
 
 
 def keyed(seed, purpose, index):
-    """A 63-bit integer that depends on (seed, purpose, index) alone: all randomness of training goes through here, so that a step's
-    data and noise do not depend on what ran before, on how often we validate or on how many devices share the batch."""
+    """A 63-bit integer that depends on (seed, purpose, index) alone. All randomness of training comes from here, so the
+    data and noise of a step do not depend on what ran before, how often we validate or how many devices share it."""
     digest = hashlib.blake2b(f"{seed}/{purpose}/{index}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
@@ -436,209 +449,204 @@ def cache_root():
 
 @dataclass
 class Stretch:
-    """Half an hour of speech at the most, that belongs together: a stretch of one recording, or short ones of one folder in a row."""
+    """Speech that belongs together; `parts` are (path, first second, last second), or the number of a toy utterance."""
     name: str
     seconds: float
-    parts: list            # of (path, first second, last second)
-    minute: int = 0        # its place in the recording
+    parts: list
+    minute: int = 0        # where in the recording it begins
 
 
 class ToySource:
-    """The toy corpus: streams of 20 s, each a speaker of its own."""
-    SECONDS = 20.0
+    """The toy corpus: stretches of 20 s, each a speaker of its own."""
+    skipped = {}
 
     def __init__(self, config):
         from toyspeech import VERSION, ToySpeech
         self.toy = ToySpeech(config.toy_languages, config.toy_words)
-        self.streams = [Stretch(f"utterance {i}", self.SECONDS, []) for i in range(max(2, round(config.toy_hours * 3600 / self.SECONDS)))]
-        self.name = f"toy{VERSION}-{config.toy_languages}x{config.toy_words}"
-        self.fingerprint = f"{CACHE_VERSION} {self.name} {len(self.streams)}"
-        self.skipped = {}
+        count = max(2, round(config.toy_hours * 180))
+        self.stretches = [Stretch(f"utterance {i}", 20.0, [i]) for i in range(count)]
+        self.name = f"toy-{config.toy_languages}x{config.toy_words}-{count}"
+        self.fingerprint = f"{CACHE_VERSION} {VERSION}"
 
-    def read(self, stream):
-        """Samples of a stream, (N,) float32 at 24 kHz."""
-        return torch.from_numpy(self.toy.utterance(int(stream.name.split()[1]), self.SECONDS).wave)
+    def read(self, stretch):
+        """Samples of a stretch, (N,) float32 at 24 kHz."""
+        return torch.from_numpy(self.toy.utterance(stretch.parts[0], stretch.seconds).wave)
 
 
 class FolderSource:
     """A folder of recordings. What can't be read is left out and named in `skipped` {path: reason}."""
 
     def __init__(self, config):
-        self.root = Path(config.data)
+        self.root, self.skipped, self.stretches, prints = Path(config.data), {}, [], [str(CACHE_VERSION)]
         if not self.root.is_dir():
             raise UserError(f"--data {config.data}: no such folder")
         files = sorted(p for p in self.root.rglob("*") if p.suffix.lower() in AUDIO_FILES)
-        self.skipped, self.streams, prints = {}, [], [str(CACHE_VERSION)]
         for path in tqdm(files, desc="reading headers", unit="file", leave=False, disable=len(files) < 2000):
+            name = path.relative_to(self.root).as_posix()
             try:
                 stat, info = path.stat(), soundfile.info(path)
                 if not info.frames:
                     raise UserError("contains no samples")
-            except Exception as error:  # whatever a broken file makes the reader raise is that file's problem, not the run's
-                self.skipped[str(path)] = reason(error)
+            except Exception as error:  # whatever a broken file makes the reader raise is that file's problem
+                self.skipped[name] = reason(error)
                 continue
-            prints.append(f"{path.relative_to(self.root).as_posix()} {stat.st_size} {stat.st_mtime_ns}")
-            self._add(path, info.duration)
-        if not self.streams:
-            why = f"none of its {len(files)} audio files can be read" if files else "it holds no audio files (wav, flac, ogg, mp3, ...)"
+            prints.append(f"{name} {stat.st_size} {stat.st_mtime_ns}")
+            self._add(path, name, info.duration)
+        if not self.stretches:
+            why = f"none of its {len(files)} audio files can be read" if files else "no audio files (wav, flac, ogg, mp3)"
             raise UserError(f"--data {config.data}: {why}")
-        self.name = self.root.resolve().name + "-" + hashlib.sha256(str(self.root.resolve()).encode()).hexdigest()[:8]
-        self.fingerprint = hashlib.sha256("\n".join(prints).encode()).hexdigest()
+        where = str(self.root.resolve())
+        self.name = f"{re.sub('[^A-Za-z0-9]', '-', Path(where).name)}-{hashlib.sha256(os.fsencode(where)).hexdigest()[:8]}"
+        self.fingerprint = "\n".join(prints)
 
-    def _add(self, path, seconds):
-        last = self.streams[-1] if self.streams else None
+    def _add(self, path, name, seconds):
+        last = self.stretches[-1] if self.stretches else None
         if last and last.parts[-1][0].parent == path.parent and last.seconds + seconds <= BLOCK_SECONDS:
             last.parts.append((path, 0, seconds))
             last.seconds += seconds
-        else:
-            for start in range(0, math.ceil(seconds), SHARD_SECONDS):
-                stop = min(start + SHARD_SECONDS, seconds)
-                name = path.relative_to(self.root).as_posix()
-                self.streams.append(Stretch(name, stop - start, [(path, start, stop)], start // 60))
+            return
+        for start in range(0, math.ceil(seconds), SHARD_SECONDS):
+            stop = min(start + SHARD_SECONDS, seconds)
+            self.stretches.append(Stretch(name, stop - start, [(path, start, stop)], start // 60))
 
-    def read(self, stream):
-        """Samples of a stream, (N,) float32 at 24 kHz."""
+    def read(self, stretch):
+        """Samples of a stretch, (N,) float32 at 24 kHz."""
         waves = [torch.zeros(0)]
-        for path, start, stop in stream.parts:
+        for path, start, stop in stretch.parts:
             try:
                 waves += list(read_audio(path, start, stop))
             except UserError as error:
-                self.skipped[str(path)] = str(error)
+                self.skipped[path.relative_to(self.root).as_posix()] = str(error)
         return torch.cat(waves)
 
 
 def build_cache(source):
-    """Cache every stream of a source, shard by shard, and return the cache's folder. A shard is complete once its .json is there, so an
+    """Cache every stretch of a source and return the cache's folder. A shard is complete once its .json is there, so an
     interrupted build goes on where it stopped; a source that changed has another fingerprint, and is cached anew."""
-    folder = cache_root() / f"{source.name}-{hashlib.sha256(source.fingerprint.encode()).hexdigest()[:8]}"
-    stale = [f for f in cache_root().glob(f"{source.name}-*") if f != folder and isinstance(source, FolderSource)]
-    if stale:
-        print(f"the recordings have changed since they were cached: caching them anew in {folder}")
-        for old in stale:
-            shutil.rmtree(old)
-    folder.mkdir(parents=True, exist_ok=True)
-    shards = [[]]
-    for stream in source.streams:
-        if sum(s.seconds for s in shards[-1]) + stream.seconds > SHARD_SECONDS and shards[-1]:
+    folder = cache_root() / f"{source.name}-{hashlib.sha256(os.fsencode(source.fingerprint)).hexdigest()[:8]}"
+    for old in set(cache_root().glob(f"{source.name}-????????")) - {folder}:
+        print(f"{source.name} has changed since it was cached: caching it anew")
+        shutil.rmtree(old)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cache {folder}: {error.strerror}; set CDSLM_CACHE to a folder that can be written") from None
+    shards, filled = [], math.inf
+    for stretch in source.stretches:
+        if filled + stretch.seconds > SHARD_SECONDS:
             shards.append([])
-        shards[-1].append(stream)
-    bar = tqdm(total=round(sum(s.seconds for s in source.streams)), desc="caching speech", unit="s", unit_scale=True)
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        for number, streams in enumerate(shards):
-            if not (folder / f"{number:05d}.json").exists():
-                build_shard(folder / f"{number:05d}", source, streams, pool)
-            bar.update(round(sum(s.seconds for s in streams)))
-    bar.close()
+            filled = 0
+        shards[-1].append(stretch)
+        filled += stretch.seconds
+    missing = [number for number in range(len(shards)) if not (folder / f"{number:05d}.json").exists()]
+    total = round(sum(s.seconds for number in missing for s in shards[number]))
+    with (tqdm(total=total, desc="caching speech", unit="s", disable=not total) as bar,
+          concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool):
+        for number in missing:
+            build_shard(folder / f"{number:05d}", source, shards[number], pool)
+            bar.update(round(sum(s.seconds for s in shards[number])))
     return folder
 
 
-def build_shard(stem, source, streams, pool):
-    """Write one shard: STEM.audio.npy (N,) int16, STEM.mel.npy (N/300, 80) float16, and last STEM.json, its table of contents."""
-    def samples(stream):
-        wave = source.read(stream)
+def build_shard(stem, source, stretches, pool):
+    """Write one shard: STEM.audio.npy (N,) int16, STEM.mel.npy (N/300, 80) float16, and last STEM.json, its contents."""
+    def samples(stretch):
+        wave = source.read(stretch)
         return (F.pad(wave, (0, -len(wave) % HOP)).clamp(-1, 1) * 32767).round().short().numpy()
 
-    def frames(start):  # a minute of log-mel, with a little of its surroundings so that minutes join without a seam
+    def frames(start):  # a minute, heard with a little of its surroundings so that minutes join without a seam
         first, last = max(0, start - 8 * HOP), min(len(audio), start + 60 * RATE + 8 * HOP)
-        mel = log_mel(torch.from_numpy(audio[first:last].astype(np.float32) / 32767)[None])[0]
+        mel = log_mel(torch.from_numpy(audio[first:last]).float()[None] / 32767)[0]
         return mel[(start - first) // HOP:][:60 * FRAME_RATE].half().numpy()
 
-    waves = list(pool.map(samples, streams))
+    waves = list(pool.map(samples, stretches))
     audio = np.concatenate(waves)
-    with replacing(f"{stem}.mel.npy") as temporary:
-        mel = np.concatenate(list(pool.map(frames, range(0, len(audio), 60 * RATE)))) if len(audio) else np.zeros((0, MELS), np.float16)
-        save_array(temporary, mel)
-    with replacing(f"{stem}.audio.npy") as temporary:
-        save_array(temporary, audio)
-    contents = {"streams": [[s.name, s.minute, len(w) // HOP] for s, w in zip(streams, waves)], "skipped": source.skipped}
+    minutes = list(pool.map(frames, range(0, len(audio), 60 * RATE)))
+    arrays = {"audio": audio, "mel": np.concatenate(minutes) if minutes else np.zeros((0, MELS), np.float16)}
+    for kind, array in arrays.items():
+        with replacing(f"{stem}.{kind}.npy") as temporary, open(temporary, "wb") as file:
+            np.save(file, array, allow_pickle=False)
+    contents = {"stretches": [[s.name, s.minute, len(w) // HOP] for s, w in zip(stretches, waves)]}
     with replacing(f"{stem}.json") as temporary:
-        temporary.write_text(json.dumps(contents))
+        temporary.write_text(json.dumps(contents | {"skipped": source.skipped}))
 
 
 class Corpus:
-    """A cache, split into training and validation, served as windows. `split` is "train" or "valid" everywhere."""
+    """A cache, split into "train" and "valid" and served as windows. Any integer key names a window of a split; keys that
+    are uniform make every start of a window equally likely."""
 
     def __init__(self, folder, window):
-        self.shards, self.skipped, streams = [], {}, []
+        self.shards, self.skipped, stretches = [], {}, []
         for number, path in enumerate(sorted(folder.glob("*.json"))):
             contents = json.loads(path.read_text())
             self.skipped |= contents["skipped"]
-            self.shards.append([np.load(path.with_suffix(f".{kind}.npy"), mmap_mode="r") for kind in ("mel", "audio")])
+            self.shards.append({kind: np.load(path.with_suffix(f".{kind}.npy"), mmap_mode="r") for kind in ("mel", "audio")})
             start = 0
-            for name, minute, frames in contents["streams"]:
-                streams.append((name, minute, number, start, frames))
+            for name, minute, frames in contents["stretches"]:
+                stretches.append((name, minute, number, start, frames))
                 start += frames
-        self.runs, self.tables = self._split(streams, window), {}
+        self.runs, self.tables = self._split(stretches, window), {}
 
     @staticmethod
-    def _split(streams, window):
-        """{split: [(shard, first frame, frames)]}: minutes by a hash of their name, neighbours of the same split in one run."""
-        total = sum(s[4] for s in streams)
-        size = min(BLOCK_SECONDS * FRAME_RATE, max(2 * window, total // 20))  # with little speech, smaller blocks make the split
-        blocks = []  # (hash, stream number, shard, start, frames)
-        for number, (name, minute, shard, start, frames) in enumerate(streams):
-            for offset in range(0, frames, size):
-                chance = keyed(0, name, minute * 60 * FRAME_RATE // size + offset // size) / 2 ** 63
-                blocks.append([chance, number, shard, start + offset, min(size, frames - offset)])
-        usable = [b for b in blocks if b[4] >= window]
-        if len(usable) < 2:
-            raise UserError(f"too little speech: {total / FRAME_RATE:.1f} s in all, and training and validation each need a stretch of "
-                            f"{2 * window / FRAME_RATE:g} s; add recordings, or shorten --ctx-seconds and --gen-seconds")
-        limit = min(max(VALIDATION_SHARE, min(b[0] for b in usable)), sorted(b[0] for b in usable)[-2])
-        runs, last = {"train": [], "valid": []}, None
+    def _split(stretches, window):
+        """{split: (shard, first frame, frames) of each run of blocks, (R, 3)}."""
+        total = sum(frames for *_, frames in stretches)
+        size = min(BLOCK_SECONDS * FRAME_RATE, max(2 * window, total // 20))  # little speech: smaller blocks make the split
+        blocks = []  # (chance, which stretch, shard, first frame, frames)
+        for number, (name, minute, shard, start, frames) in enumerate(stretches):
+            for at in range(0, frames, size):
+                chance = keyed(0, name, (minute * 60 * FRAME_RATE + at) // size) / 2 ** 63
+                blocks.append((chance, number, shard, start + at, min(size, frames - at)))
+        chances = sorted(block[0] for block in blocks if block[4] >= window)
+        if len(chances) < 2:
+            raise UserError(f"too little speech: {total / FRAME_RATE:.1f} s; training and validation each need a stretch of "
+                            f"{window / FRAME_RATE:g} s. Add recordings, or shorten --ctx-seconds and --gen-seconds")
+        limit = min(max(VALIDATION_SHARE, chances[0]), chances[-2])           # at least one block for each
+        runs, before = {"train": [], "valid": []}, (None, None)
         for chance, number, shard, start, frames in blocks:
             split = "valid" if chance <= limit else "train"
-            if last and last[0] == number and last[1] == split:
+            if before == (number, split):
                 runs[split][-1][2] += frames
             else:
-                if last and last[0] == number:
-                    runs[last[1]][-1][2] -= FRAME_RATE                        # the second left out
+                if before[0] == number:
+                    runs[before[1]][-1][2] -= FRAME_RATE                      # the second left out
                 runs[split].append([shard, start, frames])
-            last = number, split
-        return {split: np.array(rows, dtype=np.int64).reshape(-1, 3) for split, rows in runs.items()}
+            before = number, split
+        return {split: np.array(rows) for split, rows in runs.items()}
 
     def hours(self, split):
+        """Hours of speech in a split."""
         return self.runs[split][:, 2].sum() / FRAME_RATE / 3600
 
-    def places(self, split, frames):
-        """Number of windows of `frames` frames there are in a split, counting every start."""
-        return int(self._table(split, frames)[1][-1])
-
-    def _table(self, split, frames):
+    def windows(self, kind, split, keys, frames):
+        """Windows of `frames` frames, float32: kind "mel" (len(keys), frames, 80) or "audio" (len(keys), 300 * frames)."""
         if (split, frames) not in self.tables:
             runs = self.runs[split][self.runs[split][:, 2] >= frames]
             self.tables[split, frames] = runs, np.cumsum(runs[:, 2] - frames + 1)
-        return self.tables[split, frames]
-
-    def _windows(self, split, keys, frames):
-        """Yield (shard, first frame) for each key: any integer names a window, all equally likely."""
-        runs, ends = self._table(split, frames)
+        runs, ends = self.tables[split, frames]
+        hop, cut = {"mel": 1, "audio": HOP}[kind], []
         for key in keys:
             place = key % int(ends[-1])
             row = np.searchsorted(ends, place, side="right")
             shard, start, length = runs[row]
-            yield self.shards[shard], start + place - (ends[row] - (length - frames + 1))
-
-    def mel(self, split, keys, frames):
-        """Log-mel windows (len(keys), frames, 80) float32."""
-        return np.stack([mel[start:start + frames] for (mel, _), start in self._windows(split, keys, frames)]).astype(np.float32)
-
-    def audio(self, split, keys, frames):
-        """The same windows as samples (len(keys), 300 * frames) float32."""
-        cut = [audio[start * HOP:(start + frames) * HOP] for (_, audio), start in self._windows(split, keys, frames)]
-        return np.stack(cut).astype(np.float32) / 32767
+            start += place - (ends[row] - (length - frames + 1))
+            cut.append(self.shards[shard][kind][start * hop:(start + frames) * hop])
+        return np.stack(cut).astype(np.float32) / {"mel": 1, "audio": 32767}[kind]
 
     def mel_stats(self):
-        """Mean and standard deviation over all bands of the training set, from a sample of it; and how many bands are alive."""
-        mel = self.mel("train", [keyed(0, "statistics", i) for i in range(512)], min(64, self.runs["train"][:, 2].max()))
+        """Mean and standard deviation of the training set's log-mel over all bands, and how many bands are alive."""
+        mel = self.windows("mel", "train", [keyed(0, "statistics", i) for i in range(512)], 32)
         return float(mel.mean()), float(mel.std()), int((mel.std((0, 1)) > 0.2).sum())
 
 
 def open_corpus(config):
-    """Build or find the cache of config.data and return its Corpus."""
+    """Build or find the cache of `config.data` and return its Corpus."""
     source = ToySource(config) if config.data == "toy" else FolderSource(config)
     corpus = Corpus(build_cache(source), config.ctx_frames + config.gen_frames)
     corpus.skipped |= source.skipped
+    if corpus.skipped:
+        named = "; ".join(f"{name} ({why})" for name, why in list(corpus.skipped.items())[:5])
+        print(f"left out {len(corpus.skipped)} files that can't be used: {named}{'; ...' if len(corpus.skipped) > 5 else ''}")
     return corpus
 
 
@@ -723,29 +731,34 @@ def modulate(x, shift, scale):
 
 
 def rotate(x, cos, sin):
-    """Rotary positions (Su et al. 2021): x (B, H, T, D) with cos, sin (T, D/2)."""
+    """Rotary positions (Su et al. 2021): x (..., T, 1, H, D) with cos, sin (T, 1, 1, D/2)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
+def attention(q, k, v):
+    """Softmax attention over (B, H, T, D). On the CPU PyTorch's fused kernel is 1.5 to 6 times slower, backward, than two products."""
+    if q.is_cuda or q.device.type == "mps":
+        return F.scaled_dot_product_attention(q, k, v)
+    return (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1).to(v.dtype) @ v
 
 
 class Stream(nn.Module):
     """One stream's share of a block. A context stream that nothing reads any more (`last`) keeps only its queries, keys and values."""
 
-    def __init__(self, d, heads, last=False):
+    def __init__(self, d, last=False):
         super().__init__()
-        self.heads, self.last = heads, last
+        self.last = last
         self.adaln = linear(d, (2 if last else 6) * d, "adaln", bias=True)
         self.qkv = linear(d, 3 * d, "hidden")
         if not last:
             self.out = linear(d, d, "hidden")
             self.up, self.down = linear(d, 4 * d, "hidden"), linear(4 * d, d, "hidden")
 
-    def open(self, x, c, cos, sin):
-        """x (B, T, d), c (B, 1, d) -> q, k, v (B, H, T, D) and what `close` needs."""
+    def open(self, x, c):
+        """x (B, T, d), c (B, 1, d) -> queries, keys and values (B, T, 3d), and what `close` needs."""
         shift, scale, *rest = self.adaln(c).chunk(2 if self.last else 6, dim=-1)
-        q, k, v = self.qkv(modulate(x, shift, scale)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k = (rotate(F.rms_norm(part, part.shape[-1:]), cos, sin) for part in (q, k))
-        return (q, k, v), rest
+        return self.qkv(modulate(x, shift, scale)), rest
 
     def close(self, x, attended, rest, scale):
         """Attention's result (B, T, d), then the MLP, onto the residual stream, each branch times the depth's scale."""
@@ -759,14 +772,14 @@ class Block(nn.Module):
 
     def __init__(self, d, heads, last):
         super().__init__()
-        self.ctx, self.gen = Stream(d, heads, last), Stream(d, heads)
+        self.heads, self.ctx, self.gen = heads, Stream(d, last), Stream(d)
 
     def forward(self, ctx, gen, c, cos, sin, scale):
         n = ctx.shape[1]
-        context, rest_ctx = self.ctx.open(ctx, c, cos[:n], sin[:n])
-        continuation, rest_gen = self.gen.open(gen, c, cos[n:], sin[n:])
-        q, k, v = (torch.cat(pair, dim=2) for pair in zip(context, continuation))
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)    # (B, Tc + Tg, d)
+        (context, rest_ctx), (continuation, rest_gen) = self.ctx.open(ctx, c), self.gen.open(gen, c)
+        qk, v = torch.cat([context, continuation], dim=1).unflatten(-1, (3, self.heads, -1)).split((2, 1), dim=2)
+        q, k = rotate(F.rms_norm(qk, qk.shape[-1:]), cos, sin).permute(2, 0, 3, 1, 4)     # (B, H, Tc + Tg, D) each
+        attended = attention(q, k, v[:, :, 0].transpose(1, 2)).transpose(1, 2).flatten(2)  # (B, Tc + Tg, d)
         gen = self.gen.close(gen, attended[:, n:], rest_gen, scale)
         return None if self.ctx.last else self.ctx.close(ctx, attended[:, :n], rest_ctx, scale), gen
 
@@ -786,8 +799,8 @@ class MMDiT(nn.Module):
         self.final = linear(d, 2 * d, "adaln", bias=True)
         self.leave = linear(d, k * config.channels, "output", bias=True)
         inverse = 10_000 ** -torch.linspace(0, 1, d // heads // 2)
-        angles = torch.arange((config.ctx_frames + config.gen_frames) // k)[:, None] * inverse
-        self.register_buffer("cos", angles.cos(), persistent=False)           # (T, D/2)
+        angles = torch.arange((config.ctx_frames + config.gen_frames) // k)[:, None, None, None] * inverse
+        self.register_buffer("cos", angles.cos(), persistent=False)           # (T, 1, 1, D/2)
         self.register_buffer("sin", angles.sin(), persistent=False)
 
     def embed_noise(self, phi):
@@ -951,11 +964,6 @@ def replacing(path):
         temporary.unlink(missing_ok=True)
 
 
-def save_array(path, array):
-    with open(path, "wb") as file:  # numpy would add .npy to the temporary name
-        np.save(file, array, allow_pickle=False)
-
-
 def save(path, **contents):
     """Save tensors and plain values; the file that was there becomes NAME.previous.pt."""
     with replacing(path) as temporary:
@@ -1044,196 +1052,284 @@ def load_run(folder, device="cpu"):
     return config, model.to(device).eval().requires_grad_(False), autoencoder.to(device).eval().requires_grad_(False)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training.
+# ----------------------------------------------------------------------------------------------------------------------
+# Training. What a step does depends on the weights and on the step's number alone: see `keyed`.
 
-LEVELS = [6.0, 4.0, 2.0, 0.0, -2.0, -4.0, -6.0, -8.0]  # log-SNR at which validation looks, whatever the training schedule
+TIMES = (torch.arange(10) + 0.5) / 10
+LEVELS = -2 * torch.log(torch.tan(math.pi / 2 * TIMES))  # log-SNR at which validation looks, whatever the schedule trained
 
 
 def decide(config):
-    """(device, dtype) from what was asked and what the machine has."""
+    """(device, dtype) from what was asked and what the machine has. Raises UserError for a device that isn't there."""
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"--device {name}: {reason(error)}") from None
-    hardware = {"cpu": lambda: torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(),
-                "cuda": lambda: torch.cuda.get_device_capability()[0] >= 8, "mps": lambda: False}
-    bf16 = config.dtype == "bf16" or (config.dtype == "auto" and hardware.get(device.type, lambda: False)())
+    hardware = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8 or device.type == "cpu" and (
+        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
-    return device, torch.bfloat16 if bf16 else torch.float32
+    return device, torch.bfloat16 if config.dtype == "bf16" or config.dtype == "auto" and hardware else torch.float32
 
 
-class Windows:
-    """Training and validation windows as frames on the device, each named by its global number."""
+class Trainer:
+    """A model in training: its weights, their average, the optimisers, and the batches they learn from."""
 
-    def __init__(self, config, corpus, autoencoder, device):
-        self.config, self.corpus, self.autoencoder, self.device = config, corpus, autoencoder, device
+    def __init__(self, config, corpus, autoencoder, device, dtype):
+        self.config, self.corpus, self.autoencoder, self.device, self.dtype = config, corpus, autoencoder, device, dtype
+        torch.manual_seed(config.seed)
+        self.model = MMDiT(config)
+        if autoencoder is not None:
+            silence = autoencoder.encode(torch.zeros(1, 33 * HOP, device=device))[0, 16]
+            self.model.silence.copy_(silence)
+        self.model.to(device)
+        self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
+        self.network = torch.compile(self.model) if config.compile else self.model
+        self.diffusion, self.optimizers = make_diffusion(config), make_optimizers(self.model, config)
+        self.done, self.skipped = 0, 0                                        # steps
+
+    def precision(self):
+        """The context in which the network runs: bf16 matrix products, float32 weights."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def frames(self, split, keys):
-        """(B, Tc, C) context and (B, Tg, C) continuation."""
-        mel = torch.from_numpy(self.corpus.mel(split, keys, self.config.ctx_frames + self.config.gen_frames)).to(self.device, non_blocking=True)
-        frames = self.autoencoder.from_mel(mel)
-        return frames[:, :self.config.ctx_frames], frames[:, self.config.ctx_frames:]
+        """Windows as context (B, Tc, C) and continuation (B, Tg, C) on the device."""
+        window = self.config.ctx_frames + self.config.gen_frames
+        mel = torch.from_numpy(self.corpus.windows("mel", split, keys, window)).to(self.device, non_blocking=True)
+        return self.autoencoder.from_mel(mel).split((self.config.ctx_frames, self.config.gen_frames), dim=1)
 
-    def batch(self, step, part, size, diffusion, silence):
-        """Windows `part .. part + size` of a step's batch: x0, context, noise level and noise. Times are stratified over the whole batch."""
+    def batch(self, part, size):
+        """Windows `part` to `part + size` of this step's batch: x0 (B, Tg, C), context, noise level (B,), noise like x0.
+        Times are stratified over the whole batch: each window draws from a share of its own."""
         c = self.config
-        numbers = range(step * c.batch_size + part, step * c.batch_size + part + size)
+        numbers = range(self.done * c.batch_size + part, self.done * c.batch_size + part + size)
         ctx, x0 = self.frames("train", [keyed(c.seed, "window", i) for i in numbers])
-        jitter = keyed(c.seed, "time", step) / 2 ** 63
-        phi = diffusion.angle(diffusion.times((torch.arange(part, part + size) + jitter) / c.batch_size)).to(self.device)
+        dropped = torch.tensor([keyed(c.seed, "drop", i) < c.ctx_drop * 2 ** 63 for i in numbers], device=self.device)
+        u = (torch.arange(part, part + size) + keyed(c.seed, "time", self.done) / 2 ** 63) / c.batch_size
         eps = torch.stack([keyed_noise(c.seed, "noise", i, x0.shape[1:], self.device) for i in numbers])
-        dropped = torch.tensor([keyed(c.seed, "drop", i) / 2 ** 63 < c.ctx_drop for i in numbers], device=self.device)
-        return x0, torch.where(dropped[:, None, None], silence, ctx), phi, eps
+        phi = self.diffusion.angle(self.diffusion.times(u)).to(self.device)
+        return x0, torch.where(dropped[:, None, None], self.model.silence, ctx), phi, eps
+
+    def step(self):
+        """One optimiser step -> what the log says of it. A step whose loss or gradient is not finite changes no weight."""
+        c, loss = self.config, torch.zeros((), device=self.device)
+        micro = c.micro_batch or c.batch_size
+        for part in range(0, c.batch_size, micro):
+            x0, ctx, phi, eps = self.batch(part, micro)
+            with self.precision():
+                share = self.diffusion.loss(self.network, x0, ctx, phi, eps).sum() / c.batch_size
+            share.backward()
+            loss += share.detach()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), c.clip)
+        loss, norm = torch.stack([loss, norm]).tolist()                       # the one wait for the device
+        factor = lr_factor(c, self.done)
+        if math.isfinite(loss + norm):
+            for optimizer in self.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak"] * factor
+                optimizer.step()
+            decay = min(c.ema, (1 + self.done) / (10 + self.done))            # short at first: the first steps are soon forgotten
+            with torch.no_grad():
+                torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
+        else:
+            self.skipped += 1
+        self.model.zero_grad(set_to_none=True)
+        self.done += 1
+        hours = self.done * c.batch_size * (c.ctx_frames + c.gen_frames) / FRAME_RATE / 3600
+        return {"step": self.done, "loss": loss, "gradient": norm, "lr": c.lr * factor, "skipped": self.skipped,
+                "hours": hours, "epochs": hours / self.corpus.hours("train")}
+
+    @torch.no_grad()
+    def validate(self, count=64):
+        """Loss of the averaged weights on fixed held-out windows and noise: {log-SNR: loss} at the ten midpoints of t under
+        the cosine schedule, and their mean, the paper's loss. So runs with other training schedules compare."""
+        ctx, x0 = self.frames("valid", [keyed(0, "validation", i) for i in range(count)])
+        eps = torch.stack([keyed_noise(0, "validation", i, x0.shape[1:], self.device) for i in range(count)])
+        losses = []
+        for phi in (math.pi / 2 * TIMES).tolist():
+            with self.precision():
+                losses.append(torch.cat([
+                    self.diffusion.loss(self.ema, x, c, torch.full((len(x),), phi, device=self.device), e)
+                    for x, c, e in zip(*(part.split(self.config.batch_size) for part in (x0, ctx, eps)))]).mean())
+        losses = torch.stack(losses).tolist()
+        return {"mean": sum(losses) / len(losses)} | {f"{level:.1f}": loss for level, loss in zip(LEVELS.tolist(), losses)}
+
+    def save(self, path):
+        save(path, step=self.done, steps=self.config.steps, skipped=self.skipped, config=dataclasses.asdict(self.config),
+             model=self.model.state_dict(), ema=self.ema.state_dict(), optimizers=[o.state_dict() for o in self.optimizers])
+
+    def restore(self, found):
+        self.model.load_state_dict(found["model"])
+        self.ema.load_state_dict(found["ema"])
+        for optimizer, state in zip(self.optimizers, found["optimizers"]):
+            optimizer.load_state_dict(state)
+        self.done, self.skipped = found["step"], found["skipped"]
 
 
-@torch.no_grad()
-def validate(model, windows, diffusion, precision, count=64):
-    """Held-out loss on fixed windows and fixed noise: {log-SNR: loss} and, under "mean", the paper's loss: its average over the cosine
-    schedule's times. The same for every training schedule, so that schedules can be compared."""
-    c, losses = windows.config, []
-    ctx, x0 = windows.frames("valid", [keyed(0, "validation", i) for i in range(count)])
-    eps = torch.stack([keyed_noise(0, "validation", i, x0.shape[1:], x0.device) for i in range(count)])
-    levels = torch.tensor(LEVELS)
-    angles = torch.atan(torch.exp(-levels / 2))
-    for phi in angles:
-        parts = [slice(i, i + c.batch_size) for i in range(0, count, c.batch_size)]
-        with precision():
-            losses.append(torch.cat([diffusion.loss(model, x0[p], ctx[p], phi.expand(len(x0[p])).to(x0.device), eps[p]) for p in parts]).mean())
-    losses = torch.stack(losses).cpu()
-    times = torch.cat([torch.zeros(1), (angles[1:] + angles[:-1]) / math.pi, torch.ones(1)])  # each level stands for its share of t
-    return {"mean": float((losses * times.diff()).sum())} | {f"{level:g}": float(loss) for level, loss in zip(LEVELS, losses)}
+def forecast(config, device, dtype):
+    """Seconds that (an autoencoder step, a training step) take here, from a few steps of each that leave nothing behind."""
+    def fastest(work):
+        times = []
+        for _ in range(4):
+            start = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    class Silence:  # a corpus in miniature
+        def windows(self, kind, split, keys, frames):
+            return np.full((len(keys), frames, MELS) if kind == "mel" else (len(keys), frames * HOP), 0.1, np.float32)
+        def hours(self, split):
+            return 1.0
+
+    autoencoder = AudioAutoencoder(config.latent_dim, config.decoder).to(device)
+    trainer = Trainer(config, Silence(), autoencoder, device, dtype)
+    wave = torch.randn(16, 48 * HOP, device=device)
+    decoder = fastest(lambda: autoencoder.loss(wave).backward()) if config.decoder == "neural" else 0.0
+    return decoder, fastest(trainer.step)
+
+
+@contextlib.contextmanager
+def interruptible():
+    """Yields a list that holds the signal's number once Ctrl-C or SIGTERM came; a second one stops at once."""
+    came, before = [], {}
+    def note(number, frame):
+        came.append(number)
+        signal.signal(number, before[number])
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, note)
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def train(config):
-    """Everything from a config to a run folder full of sound."""
-    import copy
-    import signal
+    """From a config to a run folder full of sound. The same config goes on where it stopped."""
     device, dtype = decide(config)
-    precision = lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32)  # noqa: E731
-    lock, folder, size = claim(config), Path(config.out), count(config)
-    print(f"cdslm {config.size}: {size['parameters'] / 1e6:.2f} M parameters, {config.steps} steps of {config.batch_size} windows "
-          f"({size['tokens']} tokens, {size['flops'] * config.batch_size / 1e9:.1f} GFLOP a step) on {device} in {str(dtype)[6:]}")
-
+    folder, size = Path(config.out), count(config)
+    lock = claim(config)
+    print(f"{config.size}: {size['parameters'] / 1e6:.2f} M parameters on {device} in {str(dtype)[6:]}; {config.steps} steps of "
+          f"{config.batch_size} windows, {size['tokens']} tokens each, {size['flops'] * config.batch_size / 1e9:.3g} GFLOP a step")
+    decoder_step, training_step = forecast(config, device, dtype)
+    minutes = config.decoder_steps * decoder_step / 60, config.steps * training_step / 60
+    print(f"expect {minutes[0]:.1f} min for the decoder and {minutes[1]:.1f} min of training, {training_step:.3f} s a step; in a "
+          f"hurry: --steps {max(1, config.steps // 10)} --decoder griffinlim --out out/quick")
     corpus = open_corpus(config)
-    autoencoder = load_autoencoder(config, corpus, folder, device)
-    torch.manual_seed(config.seed)
-    model = MMDiT(config)
-    model.silence.copy_(autoencoder.encode(torch.zeros(1, 8 * HOP, device=device))[0, 4].cpu())
-    model = model.to(device)
-    ema, diffusion, optimizers = copy.deepcopy(model).eval().requires_grad_(False), make_diffusion(config), make_optimizers(model, config)
-    windows, first, skipped = Windows(config, corpus, autoencoder, device), 0, 0
+    autoencoder = open_autoencoder(config, corpus, device)
+    trainer = Trainer(config, corpus, autoencoder, device, dtype)
     if (found := newest(folder, config)) is not None:
-        model.load_state_dict(found["model"])
-        ema.load_state_dict(found["ema"])
-        for optimizer, state in zip(optimizers, found["optimizers"]):
-            optimizer.load_state_dict(state)
-        first, skipped = found["step"], found["skipped"]
-        print(f"going on from step {first}")
-    trim_log(folder / "log.jsonl", first)
-    network = torch.compile(model) if config.compile else model
-    stop = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda n, frame: (stop.append(n), signal.signal(n, signal.SIG_DFL)))
-
-    def checkpoint(name, step):
-        save(folder / name, step=step, steps=config.steps, config=dataclasses.asdict(config), model=model.state_dict(), ema=ema.state_dict(),
-             optimizers=[o.state_dict() for o in optimizers], skipped=skipped)
-
-    micro, parameters, started = config.micro_batch or config.batch_size, list(model.parameters()), time.perf_counter()
-    seconds = (config.ctx_frames + config.gen_frames) / FRAME_RATE
-    bar = tqdm(range(first, config.steps), initial=first, total=config.steps, desc="training", unit="step")
-    with open(folder / "log.jsonl", "a") as log:
-        for step in bar:
-            if step == decay_start(config) and config.lr_schedule == "wsd":
-                checkpoint("trunk.pt", step)
-            loss = 0.0
-            for part in range(0, config.batch_size, micro):
-                x0, ctx, phi, eps = windows.batch(step, part, micro, diffusion, model.silence)
-                with precision():
-                    share = diffusion.loss(network, x0, ctx, phi, eps).sum() / config.batch_size
-                share.backward()
-                loss += share.detach()
-            norm = nn.utils.clip_grad_norm_(parameters, config.clip)
-            loss, norm = torch.stack([loss, norm]).tolist()
-            factor = lr_factor(config, step)
-            if math.isfinite(loss + norm):
-                for optimizer in optimizers:
-                    for group in optimizer.param_groups:
-                        group["lr"] = group["peak"] * factor
-                    optimizer.step()
-                average(ema, model, config.ema, step)
-            else:
-                skipped += 1
-            model.zero_grad(set_to_none=True)
-            row = {"step": step + 1, "loss": loss, "grad": norm, "lr": config.lr * factor, "skipped": skipped,
-                   "hours": (step + 1) * config.batch_size * seconds / 3600}
-            row |= {"epochs": row["hours"] / corpus.hours("train"), "frames/s": (step + 1 - first) * config.batch_size * seconds * FRAME_RATE / (time.perf_counter() - started)}
-            last = step + 1 == config.steps or bool(stop)
-            if last or (step + 1) % config.eval_every == 0:
-                row["valid"] = validate(ema, windows, diffusion, precision)
-                bar.set_postfix(loss=f"{loss:.4f}", valid=f"{row['valid']['mean']:.4f}")
-            elif step % 10 == 0:
-                bar.set_postfix_str(f"loss={loss:.4f}" + bar.postfix[bar.postfix.find(", valid"):] if bar.postfix and ", valid" in bar.postfix else f"loss={loss:.4f}")
-            log.write(json.dumps({k: round(v, 7) if isinstance(v, float) else v for k, v in row.items()}) + "\n")
-            if last or (step + 1) % config.eval_every == 0:
+        trainer.restore(found)
+        print(f"going on from step {trainer.done}")
+    trim_log(folder / "log.jsonl", trainer.done)
+    with interruptible() as signals, open(folder / "log.jsonl", "a") as log:
+        bar = tqdm(initial=trainer.done, total=config.steps, desc="training", unit="step")
+        begun, first, shown = time.perf_counter(), trainer.done, {}
+        while trainer.done < config.steps and not signals:
+            if config.lr_schedule == "wsd" and trainer.done == decay_start(config):
+                trainer.save(folder / "trunk.pt")                             # a longer run will go on from here
+            row = trainer.step()
+            rate = (trainer.done - first) * config.batch_size * (config.ctx_frames + config.gen_frames)
+            row["frames/s"] = rate / (time.perf_counter() - begun)
+            last = trainer.done == config.steps or bool(signals)
+            if last or trainer.done % config.eval_every == 0:
+                row["valid"] = trainer.validate()
+                shown["valid"] = f"{row['valid']['mean']:.4f}"
+            if trainer.done % 10 == 0:
+                shown["loss"] = f"{row['loss']:.4f}"
+                bar.set_postfix(shown, refresh=False)
+            log.write(json.dumps(row) + "\n")
+            bar.update()
+            if "valid" in row:
                 log.flush()
-                checkpoint("checkpoint.pt", step + 1)
-            if stop:
-                break
-    if stop:
-        print(f"stopped at step {step + 1}; the same command goes on from there")
-        sys.exit(128 + stop[0])
+                trainer.save(folder / "checkpoint.pt")
+        bar.close()
+    if signals:
+        print(f"stopped after step {trainer.done}; the same command goes on from there")
+        raise SystemExit(128 + signals[0])
+    listen(folder, device)
     lock.close()
 
 
-def average(ema, model, decay, step):
-    """ema <- decay * ema + (1 - decay) * model; early on a shorter memory, so that the first steps are soon forgotten."""
-    decay = min(decay, (1 + step) / (10 + step))
-    with torch.no_grad():
-        torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
-
-
-def load_autoencoder(config, corpus, folder, device):
-    """The run's autoencoder, trained now if it is not there yet; with it are kept a few held-out windows of sound to listen to."""
-    path, window = folder / "autoencoder.pt", config.ctx_frames + config.gen_frames
-    if not path.exists():
-        model = fit_autoencoder(config, corpus, device)
-        examples = corpus.audio("valid", [keyed(0, "example", i) for i in range(8)], window)
-        save(path, autoencoder=model.state_dict(), examples=torch.from_numpy(examples * 32767).short())
-    model = AudioAutoencoder(config.latent_dim, config.decoder)
-    model.load_state_dict(load(path)["autoencoder"])
-    return model.to(device).eval().requires_grad_(False)
-
-
 def trim_log(path, step):
-    """Drop what the log says of steps after `step`, which will be done again."""
+    """Drop what the log says of steps after `step`: they will be done again."""
     if path.exists():
         rows = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
         with replacing(path) as temporary:
             temporary.write_text("".join(row + "\n" for row in rows))
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def listen(folder, device="cpu", number=4):
+    """Leave sound to judge by: for a few held-out windows the context with the model's continuation, with the true one,
+    and the true one as the autoencoder gives it back."""
+    config, model, autoencoder = load_run(folder, device)
+    waves = load(folder / "autoencoder.pt")["examples"][:number].float().to(device) / 32767
+    frames = autoencoder.encode(waves)
+    context = frames[:, :config.ctx_frames]
+    speech = autoencoder.decode(torch.cat([context, sample(model, context, progress=True)], dim=1))
+    for kind, sounds in {"generated": speech, "true": waves, "reconstruction": autoencoder.decode(frames)}.items():
+        for i, wave in enumerate(sounds, 1):
+            save_audio(folder / f"{i}_{kind}.wav", wave)
+    print(f"listen to {folder}/1_generated.wav: {config.ctx_seconds:g} s of a held-out recording, then {config.gen_seconds:g} s that the model "
+          f"made up; 1_true.wav is how it really went on, 1_reconstruction.wav what the decoder alone costs.\n"
+          f"next: python sample.py {folder} --num 8 --seconds 10      or      python eval_pjsd.py {folder}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# main. The command line is the dataclass.
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with errors of one line."""
+
+    def error(self, message):
+        raise UserError(f"{message} (see --help)")
+
+
+def parse(argv=None):
+    """Command line -> Config."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    group = parser
     for f in dataclasses.fields(Config):
-        flag, kind = "--" + f.name.replace("_", "-"), {"str": str, "int": int, "float": float}.get(f.type if isinstance(f.type, str) else f.type.__name__)
-        if kind is None:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=f.default, help=f.metadata["text"])
+        meta, flag = f.metadata, "--" + f.name.replace("_", "-")
+        group = parser.add_argument_group(meta["section"]) if meta["section"] else group
+        text = meta["text"] + (f" [{f.default}]" if f.default not in (None, False) else "")
+        if f.type is bool:
+            group.add_argument(flag, action="store_true", help=text)
         else:
-            parser.add_argument(flag, type=kind, default=f.default, help=f.metadata["text"], choices=f.metadata["choices"] or None)
-    config = Config(**vars(parser.parse_args()))
-    train(config)
+            metavar = "|".join(meta["choices"]) if meta["choices"] else f.type.__name__.upper()
+            group.add_argument(flag, type=f.type, default=f.default, metavar=metavar, help=text)
+    return Config(**vars(parser.parse_args(argv)))
 
 
-if __name__ == "__main__":
+def dry_run(config):
+    """Say what a run would be, without data and without allocating it."""
+    device, dtype = decide(config)
+    size = count(config)
+    facts = {"size": config.size, "device": str(device), "dtype": str(dtype)[6:], "parameters": size["parameters"],
+             "ctx_frames": config.ctx_frames, "gen_frames": config.gen_frames, "tokens_per_window": size["tokens"],
+             "flops_per_step": size["flops"] * config.batch_size, "flops": size["flops"] * config.batch_size * config.steps,
+             "tokens": size["tokens"] * config.batch_size * config.steps}
+    print(json.dumps(facts) if config.json else "\n".join(f"{name:>18}  {value}" for name, value in facts.items()))
+
+
+def cli(main):
+    """Run a program's `main`: a user's mistake is one line and exit status 2."""
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def main():
+    config = parse()
+    dry_run(config) if config.dry_run else train(config)
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -219,7 +219,7 @@ def vocalise(rng, tracks, f0, speaker):
     voice *= tracks[:, 3:4]
     hiss = 0.35 * tracks[:, 4:5] / (1 + ((BINS - tracks[:, 5:6]) / (0.5 * tracks[:, 6:7])) ** 2)
     spectrum = analyse(pulses) * voice + analyse(noise) * (speaker["breath"] * 0.3 * voice + hiss)
-    return 0.05 * synthesise(spectrum, count) + 3e-4 * rng.standard_normal(count, dtype=np.float32)  # a quiet room
+    return 0.05 * synthesise(spectrum, count)
 
 
 def resonance(frequency, formant, bandwidth):
