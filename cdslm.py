@@ -27,6 +27,7 @@ import contextlib
 import copy
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -36,7 +37,6 @@ import signal
 import sys
 import time
 from dataclasses import dataclass, field
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -52,8 +52,8 @@ class UserError(Exception):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Config. One dial, the depth L: the width is 128 L [paper], heads are 64 wide, and `--size` names a depth with the window
-# and the budget that suit it. Any field overrides it: `--steps 500`, `Config(size="tiny", steps=500)`.
+# Config. One dial, the depth L: the width is 128 L [paper], heads are 64 wide, and `--size` names a depth with the
+# window and the budget that suit it. Any field overrides it: `--steps 500`, `Config(size="tiny", steps=500)`.
 
 PAPER = dict(ctx_seconds=10.0, gen_seconds=30.0, patch_size=4, predict="v", optimizer="adamw")
 # DEVIATION: on a laptop x0-prediction, long patches and Muon reach words several times sooner (README, leaderboard)
@@ -80,7 +80,7 @@ class Config:
     """Every setting of a run. A field left at None takes its value from `SIZES[size]`."""
     size: str = opt("tiny", "the one dial: how deep, and with it how wide, how long a window, how many steps", *SIZES)
 
-    data: str = opt("toy", "a folder of recordings, searched to any depth; 'toy' is the built-in corpus", section="data")
+    data: str = opt("toy", "a folder of recordings, searched to any depth; toy: the built-in corpus", section="data")
     toy_words: int = opt(16, "toy speech: words in each invented language", least=2)
     toy_languages: int = opt(2, "toy speech: how many languages", above=0)
     toy_hours: float = opt(3.0, "toy speech: hours to synthesise, some 300 times faster than real time", above=0)
@@ -151,7 +151,7 @@ class Config:
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{flag} must be a finite number")
         if above is not None and value <= above or least is not None and value < least:
-            raise UserError(f"{flag} must be {'at least ' + str(least) if above is None else 'more than ' + str(above)}")
+            raise UserError(f"{flag} must be " + (f"at least {least}" if above is None else f"more than {above}"))
 
     @property
     def ctx_frames(self):
@@ -190,7 +190,7 @@ def mel_bank(fft=FFT):
 
 
 def stft(wave, fft=FFT, hop=HOP, window=WINDOW):
-    """(B, N) -> (B, fft/2 + 1, T) complex, T = ceil(N/hop), frame i centred on sample i * hop; zeros beyond the ends."""
+    """(B, N) -> (B, fft/2 + 1, T) complex, T = ceil(N/hop), frame i centred on sample i * hop, zeros beyond it."""
     frames = -(-wave.shape[-1] // hop)
     wave = F.pad(wave, (fft // 2, frames * hop - wave.shape[-1] + fft // 2))
     taper = torch.hann_window(window, device=wave.device)
@@ -198,27 +198,17 @@ def stft(wave, fft=FFT, hop=HOP, window=WINDOW):
 
 
 def log_mel(wave):
-    """(B, N) samples at 24 kHz -> (B, T, 80) log-mel frames, T = ceil(N/300). Digital silence is log(1e-5) throughout."""
+    """(B, N) samples at 24 kHz -> (B, T, 80) log-mel frames, T = ceil(N/300). Digital silence is log(1e-5)."""
     return (stft(wave).abs().mT @ mel_bank().to(wave.device).T).clamp(min=FLOOR).log()
 
 
-def resample(wave, rate, new_rate=RATE, width=24, rolloff=0.94):
-    """(N,) at `rate` Hz -> (ceil(N * new_rate / rate),) by windowed-sinc interpolation (Smith, "Digital Audio Resampling").
-
-    The kernel is a sinc with `width` zero crossings a side under a Kaiser window (beta 9, about 90 dB). Output positions
-    fall on `new` different phases between input samples, so one strided convolution with `new` kernels does it all."""
-    if rate == new_rate:
-        return wave
-    ratio = Fraction(new_rate, rate).limit_denominator(2000)  # odd rates: within 3e-7, with tables of bounded size
-    new, old = ratio.numerator, ratio.denominator
-    cutoff = min(new / old, 1) * rolloff                      # as a share of the input's Nyquist frequency
-    reach = math.ceil(width / cutoff)
-    at = torch.arange(-reach, reach + old).double() - torch.arange(new).double()[:, None] * old / new   # (new, taps)
-    taper = torch.special.i0(9 * (1 - (at * cutoff / width) ** 2).clamp(min=0).sqrt())
-    kernel = cutoff * torch.sinc(cutoff * at) * taper / torch.special.i0(torch.tensor(9.0).double())
-    kernel = (kernel * (at.abs() * cutoff < width)).float()
-    phases = F.conv1d(F.pad(wave, (reach, reach + old))[None, None], kernel[:, None], stride=old)       # (1, new, M)
-    return phases[0].T.reshape(-1)[:-(-len(wave) * new // old)]
+def resample(wave, rate):
+    """(N,) at `rate` Hz -> (ceil(24000 N / rate),) at 24 kHz: the same spectrum, cut off or continued with zeros."""
+    seconds, samples = len(wave) // rate + 2, -(-len(wave) * RATE // rate)     # whole seconds are whole at any two rates
+    spectrum = torch.fft.rfft(F.pad(wave, (0, seconds * rate - len(wave))))
+    shared = min(rate, RATE) * seconds // 2
+    spectrum = F.pad(spectrum[:shared], (0, RATE * seconds // 2 + 1 - shared))
+    return torch.fft.irfft(spectrum, seconds * RATE)[:samples] * (RATE / rate)
 
 
 def reason(error):
@@ -229,6 +219,8 @@ def reason(error):
 def read_audio(path, start=0, stop=math.inf):
     """Yield seconds `start` to `stop` of a recording, a minute at a time: mono (the mean of the channels), 24 kHz,
     float32 (N,). Raises UserError with the reason if it can't be read or holds NaN."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file")
     try:
         with soundfile.SoundFile(path) as file:
             rate = file.samplerate
@@ -427,10 +419,10 @@ def open_autoencoder(config, corpus, device):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Data. A source, a folder or the toy corpus, is a list of stretches of speech: half an hour of one recording at the most,
-# or short neighbours of one folder joined up to a minute. They are cached once in shards of about half an hour: int16
-# audio, which the decoder learns from, and float16 log-mel. A hash of its name and minute decides whether a minute is for
-# training or for validation; where the two meet in one recording, a second is left out.
+# Data. A source, a folder or the toy corpus, is a list of stretches of speech: half an hour of one recording at the
+# most, or short neighbours of one folder joined up to a minute. They are cached once in shards of about half an hour:
+# int16 audio, which the decoder learns from, and float16 log-mel. A hash of its name and place decides whether a minute
+# is for training or for validation; where the two meet in one recording, a second is left out.
 
 CACHE_VERSION, SHARD_SECONDS, BLOCK_SECONDS, VALIDATION_SHARE = 1, 1800, 60, 0.06
 
@@ -440,6 +432,16 @@ def keyed(seed, purpose, index):
     data and noise of a step do not depend on what ran before, how often we validate or how many devices share it."""
     digest = hashlib.blake2b(f"{seed}/{purpose}/{index}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+def keyed_noise(seed, purpose, index, shape, device):
+    """Standard normal noise that depends on (seed, purpose, index) and the kind of device alone."""
+    return torch.randn(shape, generator=torch.Generator(device).manual_seed(keyed(seed, purpose, index)), device=device)
+
+
+def fingerprint(text):
+    """Eight hexadecimal digits that stand for a text, such as a list of files."""
+    return hashlib.blake2b(os.fsencode(text), digest_size=4).hexdigest()
 
 
 def cache_root():
@@ -466,7 +468,7 @@ class ToySource:
         count = max(2, round(config.toy_hours * 180))
         self.stretches = [Stretch(f"utterance {i}", 20.0, [i]) for i in range(count)]
         self.name = f"toy-{config.toy_languages}x{config.toy_words}-{count}"
-        self.fingerprint = f"{CACHE_VERSION} {VERSION}"
+        self.contents = f"{CACHE_VERSION} {VERSION}"
 
     def read(self, stretch):
         """Samples of a stretch, (N,) float32 at 24 kHz."""
@@ -481,7 +483,7 @@ class FolderSource:
         if not self.root.is_dir():
             raise UserError(f"--data {config.data}: no such folder")
         files = sorted(p for p in self.root.rglob("*") if p.suffix.lower() in AUDIO_FILES)
-        for path in tqdm(files, desc="reading headers", unit="file", leave=False, disable=len(files) < 2000):
+        for path in files:
             name = path.relative_to(self.root).as_posix()
             try:
                 stat, info = path.stat(), soundfile.info(path)
@@ -493,11 +495,11 @@ class FolderSource:
             prints.append(f"{name} {stat.st_size} {stat.st_mtime_ns}")
             self._add(path, name, info.duration)
         if not self.stretches:
-            why = f"none of its {len(files)} audio files can be read" if files else "no audio files (wav, flac, ogg, mp3)"
+            why = f"none of its {len(files)} audio files can be read" if files else "no wav, flac, ogg or mp3 in it"
             raise UserError(f"--data {config.data}: {why}")
         where = str(self.root.resolve())
-        self.name = f"{re.sub('[^A-Za-z0-9]', '-', Path(where).name)}-{hashlib.sha256(os.fsencode(where)).hexdigest()[:8]}"
-        self.fingerprint = "\n".join(prints)
+        self.name = f"{re.sub(r'[^A-Za-z0-9]', '-', Path(where).name)}-{fingerprint(where)}"
+        self.contents = "\n".join(prints)
 
     def _add(self, path, name, seconds):
         last = self.stretches[-1] if self.stretches else None
@@ -522,8 +524,8 @@ class FolderSource:
 
 def build_cache(source):
     """Cache every stretch of a source and return the cache's folder. A shard is complete once its .json is there, so an
-    interrupted build goes on where it stopped; a source that changed has another fingerprint, and is cached anew."""
-    folder = cache_root() / f"{source.name}-{hashlib.sha256(os.fsencode(source.fingerprint)).hexdigest()[:8]}"
+    interrupted build goes on where it stopped. A source that has changed has another name, and is cached anew."""
+    folder = cache_root() / f"{source.name}-{fingerprint(source.contents)}"
     for old in set(cache_root().glob(f"{source.name}-????????")) - {folder}:
         print(f"{source.name} has changed since it was cached: caching it anew")
         shutil.rmtree(old)
@@ -531,25 +533,21 @@ def build_cache(source):
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cache {folder}: {error.strerror}; set CDSLM_CACHE to a folder that can be written") from None
-    shards, filled = [], math.inf
-    for stretch in source.stretches:
-        if filled + stretch.seconds > SHARD_SECONDS:
-            shards.append([])
-            filled = 0
-        shards[-1].append(stretch)
-        filled += stretch.seconds
-    missing = [number for number in range(len(shards)) if not (folder / f"{number:05d}.json").exists()]
-    total = round(sum(s.seconds for number in missing for s in shards[number]))
+    ends = itertools.accumulate(stretch.seconds for stretch in source.stretches)
+    shards = itertools.groupby(zip(ends, source.stretches), lambda pair: pair[0] // SHARD_SECONDS)
+    missing = {folder / f"{int(number):05d}": [stretch for _, stretch in pairs] for number, pairs in shards
+               if not (folder / f"{int(number):05d}.json").exists()}
+    total = round(sum(stretch.seconds for stretches in missing.values() for stretch in stretches))
     with (tqdm(total=total, desc="caching speech", unit="s", disable=not total) as bar,
           concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool):
-        for number in missing:
-            build_shard(folder / f"{number:05d}", source, shards[number], pool)
-            bar.update(round(sum(s.seconds for s in shards[number])))
+        for stem, stretches in missing.items():
+            build_shard(stem, source, stretches, pool)
+            bar.update(round(sum(stretch.seconds for stretch in stretches)))
     return folder
 
 
 def build_shard(stem, source, stretches, pool):
-    """Write one shard: STEM.audio.npy (N,) int16, STEM.mel.npy (N/300, 80) float16, and last STEM.json, its contents."""
+    """Write a shard: STEM.audio.npy (N,) int16, STEM.mel.npy (N/300, 80) float16, and last its contents, STEM.json."""
     def samples(stretch):
         wave = source.read(stretch)
         return (F.pad(wave, (0, -len(wave) % HOP)).clamp(-1, 1) * 32767).round().short().numpy()
@@ -572,15 +570,15 @@ def build_shard(stem, source, stretches, pool):
 
 
 class Corpus:
-    """A cache, split into "train" and "valid" and served as windows. Any integer key names a window of a split; keys that
-    are uniform make every start of a window equally likely."""
+    """A cache, split into "train" and "valid" and served as windows. Any integer key names a window of a split; keys
+    that are uniform make every start of a window equally likely."""
 
     def __init__(self, folder, window):
         self.shards, self.skipped, stretches = [], {}, []
         for number, path in enumerate(sorted(folder.glob("*.json"))):
             contents = json.loads(path.read_text())
             self.skipped |= contents["skipped"]
-            self.shards.append({kind: np.load(path.with_suffix(f".{kind}.npy"), mmap_mode="r") for kind in ("mel", "audio")})
+            self.shards.append({k: np.load(path.with_suffix(f".{k}.npy"), mmap_mode="r") for k in ("mel", "audio")})
             start = 0
             for name, minute, frames in contents["stretches"]:
                 stretches.append((name, minute, number, start, frames))
@@ -591,7 +589,7 @@ class Corpus:
     def _split(stretches, window):
         """{split: (shard, first frame, frames) of each run of blocks, (R, 3)}."""
         total = sum(frames for *_, frames in stretches)
-        size = min(BLOCK_SECONDS * FRAME_RATE, max(2 * window, total // 20))  # little speech: smaller blocks make the split
+        size = min(BLOCK_SECONDS * FRAME_RATE, max(2 * window, total // 20))  # little speech is split more finely
         blocks = []  # (chance, which stretch, shard, first frame, frames)
         for number, (name, minute, shard, start, frames) in enumerate(stretches):
             for at in range(0, frames, size):
@@ -599,8 +597,8 @@ class Corpus:
                 blocks.append((chance, number, shard, start + at, min(size, frames - at)))
         chances = sorted(block[0] for block in blocks if block[4] >= window)
         if len(chances) < 2:
-            raise UserError(f"too little speech: {total / FRAME_RATE:.1f} s; training and validation each need a stretch of "
-                            f"{window / FRAME_RATE:g} s. Add recordings, or shorten --ctx-seconds and --gen-seconds")
+            raise UserError(f"too little speech: {total / FRAME_RATE:.1f} s, where training and validation each need a "
+                            f"stretch of {window / FRAME_RATE:g} s; add some, or shorten --gen-seconds")
         limit = min(max(VALIDATION_SHARE, chances[0]), chances[-2])           # at least one block for each
         runs, before = {"train": [], "valid": []}, (None, None)
         for chance, number, shard, start, frames in blocks:
@@ -619,7 +617,7 @@ class Corpus:
         return self.runs[split][:, 2].sum() / FRAME_RATE / 3600
 
     def windows(self, kind, split, keys, frames):
-        """Windows of `frames` frames, float32: kind "mel" (len(keys), frames, 80) or "audio" (len(keys), 300 * frames)."""
+        """Windows, float32: "mel" (len(keys), frames, 80) or "audio" (len(keys), 300 * frames)."""
         if (split, frames) not in self.tables:
             runs = self.runs[split][self.runs[split][:, 2] >= frames]
             self.tables[split, frames] = runs, np.cumsum(runs[:, 2] - frames + 1)
@@ -646,42 +644,44 @@ def open_corpus(config):
     corpus.skipped |= source.skipped
     if corpus.skipped:
         named = "; ".join(f"{name} ({why})" for name, why in list(corpus.skipped.items())[:5])
-        print(f"left out {len(corpus.skipped)} files that can't be used: {named}{'; ...' if len(corpus.skipped) > 5 else ''}")
+        print(f"left out {len(corpus.skipped)} files that can't be used: {named}{'; ...' * (len(corpus.skipped) > 5)}")
     return corpus
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Diffusion. Variance preserving: x_t = alpha x0 + sigma eps with alpha^2 + sigma^2 = 1, so a noise level is one angle phi with
-# alpha = cos(phi) and sigma = sin(phi), from clean (0) to noise (pi/2); log-SNR = -2 log tan(phi). A schedule is how phi grows with
-# t in [0, 1]. The network is told phi, not t: it then means the same whatever the schedule, in training, validation and sampling.
+# ----------------------------------------------------------------------------------------------------------------------
+# Diffusion. Variance preserving: x_t = alpha x0 + sigma eps with alpha^2 + sigma^2 = 1, so a noise level is one angle
+# phi: alpha = cos(phi), sigma = sin(phi), from clean (0) to noise (pi/2), and log-SNR = -2 log tan(phi). A schedule is
+# how phi grows with t in [0, 1]. The network is told phi, not t: it means the same whatever the schedule.
 
 CLEAN, NOISE = math.atan(math.exp(-5)), math.atan(math.exp(5))  # CHOICE: log-SNR is clipped to [-10, 10]
 
 
 class Diffusion:
-    """The forward process and the loss. Arguments: see Config."""
+    """The forward process and the loss that a Config describes."""
 
-    def __init__(self, schedule="cosine", zero_terminal_snr=False, predict="v", gamma=5.0, shift=0.0):
-        self.schedule, self.zero_terminal_snr, self.predict, self.gamma, self.shift = schedule, zero_terminal_snr, predict, gamma, shift
+    def __init__(self, config):
+        self.schedule, self.zero_terminal_snr = config.schedule, config.zero_terminal_snr
+        self.predict, self.gamma, self.shift = config.predict, config.min_snr_gamma, config.t_shift
 
     def alpha(self, t):
         """Signal level at time t, before clipping."""
         if self.schedule == "cosine":
-            return torch.cos(math.pi / 2 * t)                                # Nichol & Dhariwal 2021, without their offset
+            return torch.cos(math.pi / 2 * t)                     # Nichol & Dhariwal 2021, without their offset
         if self.schedule == "linear":
-            return torch.exp(-0.05 * t - 19.9 / 4 * t ** 2)                  # beta from 0.1 to 20, linear in t: Song et al. 2021, Eq. 33
-        return torch.sigmoid(10 - 20 * t).sqrt()                             # exponential: log-SNR falls linearly from 10 to -10
+            return torch.exp(-0.05 * t - 19.9 / 4 * t ** 2)       # beta from 0.1 to 20: Song et al. 2021, Eq. 33
+        return torch.sigmoid(10 - 20 * t).sqrt()                  # exponential: log-SNR falls evenly from 10 to -10
 
     def angle(self, t):
-        """t in [0, 1], any shape -> noise level phi. With zero_terminal_snr, alpha is shifted and scaled to end at 0 (Lin et al. 2024)."""
+        """t in [0, 1], any shape -> phi. For zero terminal SNR alpha is rescaled to end at 0 (Lin et al. 2024)."""
         t = t.double()
         alpha, first, last = (self.alpha(x) for x in (t, torch.zeros_like(t), torch.ones_like(t)))
         if self.zero_terminal_snr:
             alpha = (alpha - last) * first / (first - last)
-        return torch.acos(alpha.clamp(0, 1)).clamp(CLEAN, math.pi / 2 if self.zero_terminal_snr else NOISE).float()
+        last = math.pi / 2 if self.zero_terminal_snr else NOISE
+        return torch.acos(alpha.clamp(0, 1)).clamp(CLEAN, last).float()
 
     def times(self, u):
-        """Uniform u -> training times: DEVIATION when shift > 0, towards high noise (as Esser et al. 2024 shift for large images)."""
+        """Uniform u -> training times; DEVIATION if shifted towards high noise (Esser et al. 2024, section 5.3.2)."""
         return torch.sigmoid(torch.logit(u.clamp(1e-6, 1 - 1e-6)) + self.shift) if self.shift else u
 
     def target(self, x0, eps, phi):
@@ -689,62 +689,63 @@ class Diffusion:
         return x0 if self.predict == "x0" else phi.cos() * eps - phi.sin() * x0
 
     def clean(self, prediction, xt, phi):
-        """The network's words as an estimate of x0: with v, x0 = alpha x_t - sigma v, a rotation back (Salimans & Ho 2022)."""
+        """What the network says, as an estimate of x0. From v: alpha x_t - sigma v (Salimans & Ho 2022, appendix D)."""
         return prediction if self.predict == "x0" else phi.cos() * xt - phi.sin() * prediction
 
     def weight(self, phi):
-        """min-SNR weight of the squared error (Hang et al. 2023): min(SNR, gamma) on x0, which is min(SNR, gamma)/(SNR + 1) on v [paper].
-        At zero terminal SNR it is 0: nothing is learned there that t just below 1 does not teach."""
+        """min-SNR weight (Hang et al. 2023): min(SNR, gamma) on x0, which on v is min(SNR, gamma) / (SNR + 1) [paper].
+        At zero terminal SNR it is 0: that prediction is learned from its neighbours only."""
         snr = phi.tan() ** -2
         return snr.clamp(max=self.gamma) / (1 if self.predict == "x0" else snr + 1)
 
     def loss(self, model, x0, ctx, phi, eps):
-        """Weighted squared error per sample (B,) of predicting x0 (B, T, C) after ctx (B, Tc, C), at noise phi (B,) with eps like x0."""
-        phi = phi[:, None, None]
-        prediction = model(phi.cos() * x0 + phi.sin() * eps, phi[:, 0, 0], ctx)
-        error = (prediction.float() - self.target(x0, eps, phi)) ** 2
-        return (self.weight(phi) * error).mean((1, 2))
+        """Weighted squared error (B,) of predicting x0 (B, T, C) after ctx (B, Tc, C) at noise level phi (B,)."""
+        angle = phi[:, None, None]
+        prediction = model(angle.cos() * x0 + angle.sin() * eps, phi, ctx)
+        return (self.weight(angle) * (prediction.float() - self.target(x0, eps, angle)) ** 2).mean((1, 2))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# MM-DiT, the two-stream transformer of Stable Diffusion 3 (Esser et al. 2024) [paper]: context and continuation have weights of
-# their own and meet in one bidirectional attention per block; the noise level modulates every normalisation (adaLN-zero, Peebles
-# & Xie 2023). CHOICE: rotary positions, the continuation's starting where the context's end; queries and keys RMS-normalised.
+# ----------------------------------------------------------------------------------------------------------------------
+# MM-DiT, the two-stream transformer of Stable Diffusion 3 (Esser et al. 2024) [paper]: context and continuation have
+# weights of their own and meet in one bidirectional attention per block; the noise level modulates every normalisation
+# (adaLN-zero, Peebles & Xie 2023). CHOICE: rotary positions that run through both, RMS-normalised queries and keys.
 
-BASE_DEPTH, BASE_WIDTH = 4, 512
+BASE_DEPTH, BASE_WIDTH = 4, 512  # the size at which learning rates are tuned [paper]
 
 
 def linear(fan_in, fan_out, role, bias=False):
-    """A linear layer that knows its role in the optimiser's table, `ROLES`; hidden and input matrices keep unit variance."""
+    """A linear layer that knows its role in the optimiser's table `ROLES`. adaLN and output start at 0, so that a new
+    model says 0; the others keep the variance of what goes through them."""
     layer = nn.Linear(fan_in, fan_out, bias=bias)
+    nn.init.normal_(layer.weight, std=0 if role in ("adaln", "output") else fan_in ** -0.5)
     layer.weight.role = role
-    nn.init.zeros_(layer.weight) if role in ("adaln", "output") else nn.init.normal_(layer.weight, std=fan_in ** -0.5)
     if bias:
-        layer.bias.role = "bias"
         nn.init.zeros_(layer.bias)
+        layer.bias.role = "bias"
     return layer
 
 
 def modulate(x, shift, scale):
-    """Normalise, then move as the noise level says: (B, T, d) with (B, 1, d) each."""
+    """Normalise, then move as the noise level says: x (B, T, d) with (B, 1, d) each."""
     return F.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift
 
 
 def rotate(x, cos, sin):
-    """Rotary positions (Su et al. 2021): x (..., T, 1, H, D) with cos, sin (T, 1, 1, D/2)."""
+    """Rotary positions (Su et al. 2021): x (B, T, 2, H, D) with cos, sin (T, 1, 1, D/2)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
 def attention(q, k, v):
-    """Softmax attention over (B, H, T, D). On the CPU PyTorch's fused kernel is 1.5 to 6 times slower, backward, than two products."""
-    if q.is_cuda or q.device.type == "mps":
+    """Softmax attention, each (B, H, T, D). On a CPU the fused kernel is 1.5 to 6 times slower than two plain products,
+    backward included (T from 800 to 40)."""
+    if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v)
     return (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1).to(v.dtype) @ v
 
 
 class Stream(nn.Module):
-    """One stream's share of a block. A context stream that nothing reads any more (`last`) keeps only its queries, keys and values."""
+    """One stream's half of a block. A context that nobody reads again (`last`) ends with queries, keys and values."""
 
     def __init__(self, d, last=False):
         super().__init__()
@@ -760,11 +761,11 @@ class Stream(nn.Module):
         shift, scale, *rest = self.adaln(c).chunk(2 if self.last else 6, dim=-1)
         return self.qkv(modulate(x, shift, scale)), rest
 
-    def close(self, x, attended, rest, scale):
-        """Attention's result (B, T, d), then the MLP, onto the residual stream, each branch times the depth's scale."""
-        gate, shift2, scale2, gate2 = rest
-        x = x + scale * gate * self.out(attended)
-        return x + scale * gate2 * self.down(F.gelu(self.up(modulate(x, shift2, scale2)), approximate="tanh"))
+    def close(self, x, attended, rest, depth):
+        """Add attention's result (B, T, d) to the stream, then the MLP's; each branch is scaled for the depth."""
+        gate, shift, scale, mlp_gate = rest
+        x = x + depth * gate * self.out(attended)
+        return x + depth * mlp_gate * self.down(F.gelu(self.up(modulate(x, shift, scale)), approximate="tanh"))
 
 
 class Block(nn.Module):
@@ -774,102 +775,100 @@ class Block(nn.Module):
         super().__init__()
         self.heads, self.ctx, self.gen = heads, Stream(d, last), Stream(d)
 
-    def forward(self, ctx, gen, c, cos, sin, scale):
+    def forward(self, ctx, gen, c, cos, sin, depth):
         n = ctx.shape[1]
-        (context, rest_ctx), (continuation, rest_gen) = self.ctx.open(ctx, c), self.gen.open(gen, c)
-        qk, v = torch.cat([context, continuation], dim=1).unflatten(-1, (3, self.heads, -1)).split((2, 1), dim=2)
-        q, k = rotate(F.rms_norm(qk, qk.shape[-1:]), cos, sin).permute(2, 0, 3, 1, 4)     # (B, H, Tc + Tg, D) each
-        attended = attention(q, k, v[:, :, 0].transpose(1, 2)).transpose(1, 2).flatten(2)  # (B, Tc + Tg, d)
-        gen = self.gen.close(gen, attended[:, n:], rest_gen, scale)
-        return None if self.ctx.last else self.ctx.close(ctx, attended[:, :n], rest_ctx, scale), gen
+        (heard, ctx_rest), (spoken, gen_rest) = self.ctx.open(ctx, c), self.gen.open(gen, c)
+        qk, v = torch.cat([heard, spoken], dim=1).unflatten(-1, (3, self.heads, -1)).split((2, 1), dim=2)
+        q, k = rotate(F.rms_norm(qk, qk.shape[-1:]), cos, sin).permute(2, 0, 3, 1, 4)          # (B, H, T, D) each
+        attended = attention(q, k, v[:, :, 0].transpose(1, 2)).transpose(1, 2).flatten(2)       # (B, T, d)
+        gen = self.gen.close(gen, attended[:, n:], gen_rest, depth)
+        return None if self.ctx.last else self.ctx.close(ctx, attended[:, :n], ctx_rest, depth), gen
 
 
 class MMDiT(nn.Module):
-    """model(xt (B, Tg, C), phi (B,), ctx (B, Tc, C)) -> prediction (B, Tg, C); Tc and Tg are whole numbers of patches."""
+    """model(xt (B, Tg, C), phi (B,), ctx (B, Tc, C)) -> prediction (B, Tg, C); Tc, Tg are whole numbers of patches."""
 
     def __init__(self, config):
         super().__init__()
         d, k, heads = config.width, config.patch_size, max(1, config.width // 64)
         self.config, self.patch = config, k
-        self.register_buffer("silence", torch.zeros(config.channels))        # what digital zero sounds like; guidance needs it
-        self.enter_ctx = linear(k * config.channels, d, "input", bias=True)
-        self.enter_gen = linear(k * config.channels, d, "input", bias=True)
+        self.register_buffer("silence", torch.zeros(config.channels))         # a frame of digital zero, for guidance
+        self.enter_ctx, self.enter_gen = (linear(k * config.channels, d, "input", bias=True) for _ in range(2))
         self.noise_in, self.noise_out = linear(256, d, "input", bias=True), linear(d, d, "hidden", bias=True)
         self.blocks = nn.ModuleList(Block(d, heads, last=i == config.depth - 1) for i in range(config.depth))
         self.final = linear(d, 2 * d, "adaln", bias=True)
         self.leave = linear(d, k * config.channels, "output", bias=True)
-        inverse = 10_000 ** -torch.linspace(0, 1, d // heads // 2)
-        angles = torch.arange((config.ctx_frames + config.gen_frames) // k)[:, None, None, None] * inverse
+        turn = 10_000 ** -torch.linspace(0, 1, d // heads // 2)
+        angles = torch.arange((config.ctx_frames + config.gen_frames) // k)[:, None, None, None] * turn
         self.register_buffer("cos", angles.cos(), persistent=False)           # (T, 1, 1, D/2)
         self.register_buffer("sin", angles.sin(), persistent=False)
 
-    def embed_noise(self, phi):
+    def embed(self, phi):
         """Noise level (B,) -> (B, 1, d): sines and cosines of 128 frequencies, then a small MLP."""
         wave = phi[:, None] * 1000 * 10_000 ** -torch.linspace(0, 1, 128, device=phi.device)
         return F.silu(self.noise_out(F.silu(self.noise_in(torch.cat([wave.cos(), wave.sin()], dim=-1)))))[:, None]
 
     def forward(self, xt, phi, ctx):
-        c = self.embed_noise(phi)
-        gen = self.enter_gen(xt.unflatten(1, (-1, self.patch)).flatten(2))    # (B, Tg, C) -> (B, Tg/k, k*C) -> (B, Tg/k, d)
-        ctx = self.enter_ctx(ctx.unflatten(1, (-1, self.patch)).flatten(2))
-        length = ctx.shape[1] + gen.shape[1]
-        cos, sin = self.cos[:length].to(gen.dtype), self.sin[:length].to(gen.dtype)
+        c = self.embed(phi)
+        ctx = self.enter_ctx(ctx.unflatten(1, (-1, self.patch)).flatten(2))    # (B, Tc/k, k*C) -> (B, Tc/k, d)
+        gen = self.enter_gen(xt.unflatten(1, (-1, self.patch)).flatten(2))
+        cos, sin = self.cos.to(gen.dtype), self.sin.to(gen.dtype)
         for block in self.blocks:
             ctx, gen = block(ctx, gen, c, cos, sin, BASE_DEPTH / len(self.blocks))
         gen = self.leave(modulate(gen, *self.final(c).chunk(2, dim=-1)))
-        return gen.unflatten(2, (self.patch, -1)).flatten(1, 2)               # (B, Tg/k, k*C) -> (B, Tg, C)
+        return gen.unflatten(2, (self.patch, -1)).flatten(1, 2)                # (B, Tg/k, k*C) -> (B, Tg, C)
 
 
 def count(config):
-    """Parameters, tokens per window, and FLOPs of one training window (a multiply-add is 2, backward twice forward), in closed form."""
+    """Parameters, tokens a window, and FLOPs of training on a window (2 a multiply-add, backward twice forward)."""
     d, L, kc = config.width, config.depth, config.patch_size * config.channels
     ctx, gen = config.ctx_frames // config.patch_size, config.gen_frames // config.patch_size
-    matrices = 12 * d * d * (gen * L + ctx * (L - 1)) + 3 * d * d * ctx + kc * d * (ctx + 2 * gen)   # used once per token
-    modulation = 256 * d + d * d + 6 * d * d * (2 * L - 1) + 2 * d * d + 2 * d * d                    # used once per window
-    attention = 2 * (ctx + gen) ** 2 * d * L
+    matrices = 12 * d * d * (gen * L + ctx * (L - 1)) + 3 * d * d * ctx + kc * d * (ctx + 2 * gen)  # once a token
+    modulation = 256 * d + d * d * (1 + 6 * (2 * L - 1) + 2 + 2)                                    # once a window
+    attended = 2 * d * L * (ctx + gen) ** 2
     with torch.device("meta"):
         parameters = sum(p.numel() for p in MMDiT(config).parameters())
-    return {"parameters": parameters, "tokens": ctx + gen, "flops": 6 * (matrices + modulation + attention)}
+    return {"parameters": parameters, "tokens": ctx + gen, "flops": 6 * (matrices + modulation + attended)}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Sampler. From noise at the largest angle to clean frames at 0, in equal steps of the angle; each step asks the network for x0.
+# ----------------------------------------------------------------------------------------------------------------------
+# Sampler. From noise at the largest angle to clean frames at 0, in equal steps of the angle; each asks for x0.
 
 @torch.no_grad()
 def sample(model, context, frames=None, steps=24, cfg=1.5, sampler="dpm", seed=0, progress=False):
-    """Continue `context` (B, Tc, C) by `frames` frames -> (B, frames, C), on the model's device.
+    """Continue `context` (B, Tc, C) by `frames` frames, by default a window's -> (B, frames, C), on the model's device.
 
-    Guidance (Ho & Salimans 2022) is x0 = silent + cfg (heard - silent), where `silent` continues zeroed speech [paper]; cfg 1 turns it off.
-    Beyond one window the last Tc frames become the next context, as often as needed. Item i's noise depends on (seed, i) alone."""
-    config, context = model.config, context.float()
-    silence = model.silence.expand(len(context), config.ctx_frames, -1)
-    diffusion = make_diffusion(config)
-    speech, frames = context, frames or config.gen_frames
-    windows = -(-frames // config.gen_frames)
+    Guidance (Ho & Salimans 2022): x0 = silent + cfg (heard - silent), where `silent` continues zeroed speech [paper];
+    cfg 1 does without. Beyond a window, what was said last is the next context. Item i's noise depends on (seed, i)."""
+    config, speech, frames = model.config, context.float(), frames or model.config.gen_frames
+    diffusion, windows = Diffusion(config), -(-frames // config.gen_frames)
+    solve = {"dpm": dpm_solver, "ddim": ddim}[sampler]
+    angles = torch.linspace(float(diffusion.angle(torch.ones(()))), 0, steps + 1, dtype=torch.float64).tolist()
     bar = tqdm(total=windows * steps, desc="speaking", unit="step", disable=not progress, leave=False)
     for window in range(windows):
         ctx = speech[:, -config.ctx_frames:]
-        noise = [keyed_noise(seed, "sample", item + (window << 32), (config.gen_frames, config.channels), ctx.device) for item in range(len(ctx))]
+        both = ctx if cfg == 1 else torch.cat([ctx, model.silence.expand_as(ctx)])
 
         def predict(xt, phi):
-            """x0 as the network sees it in xt at noise level phi, guided."""
-            pair = (xt, ctx) if cfg == 1 else (torch.cat([xt, xt]), torch.cat([ctx, silence]))
-            out = model(pair[0], torch.full((len(pair[0]),), phi, device=xt.device), pair[1]).float()
+            """x0 as the network sees it in xt (B, Tg, C) at noise level phi, guided."""
+            xt = xt.repeat(len(both) // len(xt), 1, 1)
+            level = torch.full((len(xt),), phi, device=xt.device)
+            x0 = diffusion.clean(model(xt, level, both).float(), xt, level[:, None, None])
             bar.update()
-            if cfg != 1:
-                heard, silent = out.chunk(2)
-                out = silent + cfg * (heard - silent)
-            return diffusion.clean(out, xt, torch.tensor(phi))
+            if cfg == 1:
+                return x0
+            heard, silent = x0.chunk(2)
+            return silent + cfg * (heard - silent)
 
-        solve = {"dpm": dpm_solver, "ddim": ddim}[sampler]
-        angles = torch.linspace(float(diffusion.angle(torch.ones(()))), 0, steps + 1, dtype=torch.float64).tolist()
+        shape = config.gen_frames, config.channels
+        noise = [keyed_noise(seed, f"sample {window}", item, shape, ctx.device) for item in range(len(ctx))]
         speech = torch.cat([speech, solve(predict, torch.stack(noise), angles)], dim=1)
     bar.close()
     return speech[:, context.shape[1]:context.shape[1] + frames]
 
 
 def ddim(predict, x, angles):
-    """Song et al. 2021, Eq. 12 without noise: keep the eps the network implies, take the next angle."""
+    """Song et al. 2021, Eq. 12 without noise: keep the eps that x0 implies, go to the next angle."""
     for phi, following in zip(angles, angles[1:]):
         x0 = predict(x, phi)
         eps = (x - math.cos(phi) * x0) / math.sin(phi)
@@ -878,8 +877,9 @@ def ddim(predict, x, angles):
 
 
 def dpm_solver(predict, x, angles):
-    """DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2): second order, from the change of x0 since the last step."""
-    rate = [-math.log(math.tan(phi)) if phi else math.inf for phi in angles]  # half the log-SNR; its steps are h
+    """DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2): second order, from how x0 changed since the last step. The first
+    step (from pure noise, h may be infinite) and the last are of first order."""
+    rate = [-math.log(math.tan(phi)) if phi else math.inf for phi in angles]  # half the log-SNR, whose steps are h
     before = None
     for i, (phi, following) in enumerate(zip(angles, angles[1:])):
         x0 = better = predict(x, phi)
@@ -891,23 +891,14 @@ def dpm_solver(predict, x, angles):
     return x
 
 
-def make_diffusion(config):
-    return Diffusion(config.schedule, config.zero_terminal_snr, config.predict, config.min_snr_gamma, config.t_shift)
+# ----------------------------------------------------------------------------------------------------------------------
+# Optimiser. muP and CompleteP [paper]: what is tuned on the base (L = 4, d = 512) holds at every size, because the
+# learning rate of each role follows the width m = d/512 as in this table, and each residual branch is divided by the
+# depth (in MMDiT.forward). The spectral norm of Muon's updates is fixed: its rate needs no m (Bernstein 2025).
 
-
-def keyed_noise(seed, purpose, index, shape, device):
-    """Standard normal noise that depends on (seed, purpose, index) and the kind of device alone."""
-    return torch.randn(shape, generator=torch.Generator(device).manual_seed(keyed(seed, purpose, index)), device=device)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Optimiser. muP and CompleteP [paper]: what is tuned on the base (L = 4, d = 512) holds at every size, because each role's
-# learning rate follows the width as in this table, and each residual branch is divided by the depth (in MMDiT.forward).
-# m = d / 512. Muon's update has a fixed spectral norm, so its learning rate needs no m (Bernstein & Newhouse 2024).
-
-ROLES = {  # role: (learning rate, weight decay) relative to the base's, as functions of m
-    "input": (lambda m: 1, lambda m: 0),         # from frames or the noise level into the residual stream
-    "hidden": (lambda m: 1 / m, lambda m: m),    # d x d and the like; lr x decay stays the same
+ROLES = {  # role: (learning rate, weight decay), relative to the base's, as functions of m
+    "input": (lambda m: 1, lambda m: 0),       # from frames or the noise level to the residual stream
+    "hidden": (lambda m: 1 / m, lambda m: m),  # between widths: learning rate times decay stays the same
     "adaln": (lambda m: 1 / m, lambda m: 0),
     "output": (lambda m: 1 / m, lambda m: 0),
     "bias": (lambda m: 1, lambda m: 0),
@@ -915,93 +906,104 @@ ROLES = {  # role: (learning rate, weight decay) relative to the base's, as func
 
 
 def make_optimizers(model, config):
-    """Optimisers over all parameters, each group with its full learning rate as `peak`. Every parameter has a role."""
+    """Optimisers over all parameters, by role; each group keeps its full learning rate as `peak`."""
     m, roles = config.width / BASE_WIDTH, {role: [] for role in ROLES}
     for parameter in model.parameters():
         roles[parameter.role].append(parameter)
-    groups = [dict(params=params, lr=config.lr * ROLES[role][0](m), weight_decay=config.weight_decay * ROLES[role][1](m))
-              for role, params in roles.items() if not (role == "hidden" and config.optimizer == "muon")]
-    optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8 / m / config.depth * BASE_DEPTH, fused=True)]
-    if config.optimizer == "muon":
-        decay = config.lr / config.muon_lr * config.weight_decay
-        matrices = [p for p in roles["hidden"] if p.ndim == 2]
-        optimizers.append(torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=decay, momentum=0.95, adjust_lr_fn="original"))
-    for group in (g for o in optimizers for g in o.param_groups):
+    matrices = roles.pop("hidden") if config.optimizer == "muon" else []
+    groups = [dict(params=parameters, lr=config.lr * rate(m), weight_decay=config.weight_decay * decay(m))
+              for role, parameters in roles.items() for rate, decay in [ROLES[role]]]
+    epsilon = 1e-8 / m * BASE_DEPTH / config.depth  # gradients shrink with the residual branches
+    optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=epsilon, fused=True)]
+    if matrices:
+        decay = config.weight_decay * config.lr / config.muon_lr
+        optimizers.append(torch.optim.Muon(matrices, config.muon_lr, decay, momentum=0.95, adjust_lr_fn="original"))
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["peak"] = group["lr"]
     return optimizers
 
 
 def lr_factor(config, step):
-    """Share of the full learning rate at a step: warm-up, then a cosine, or stable with a linear decay over the last fifth (Hu et al. 2024)."""
+    """Share of the full learning rate at a step: warm-up, then a cosine, or stable and at last a linear decay."""
     warm = min(1.0, (step + 1) / max(1, config.warmup))
     if config.lr_schedule == "cosine":
         return warm * (0.5 + 0.5 * math.cos(math.pi * step / config.steps))
-    return warm * min(1.0, (config.steps - step) / (config.steps - decay_start(config)))
+    return warm * min(1.0, (config.steps - step) / (config.steps - decay_start(config.steps)))
 
 
-def decay_start(config):
-    """The step at which wsd begins to decay: up to here, runs of different length are the same run."""
-    return config.steps - max(1, config.steps // 4)
+def decay_start(steps):
+    """The step at which wsd begins to decay (Hu et al. 2024): up to here, runs of different length are the same run."""
+    return steps - math.ceil(steps / 4)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints. Tensors and plain values only, loaded with weights_only=True: a file from the internet can't run code. Written under a
-# temporary name, flushed to the disk, then renamed: at every moment there is one whole checkpoint.
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints. Tensors and plain values only, loaded with weights_only=True: a file from the internet can run no code.
+# Written under a temporary name, flushed to the disk, then renamed: there is a whole checkpoint at every moment.
 
-FREE = {"out", "steps", "device", "dtype", "compile", "eval_every", "dry_run", "json", "micro_batch"}  # may change when a run goes on
+FREE = {"out", "steps", "micro_batch", "eval_every", "device", "dtype", "compile", "dry_run", "json"}  # may change
 
 
 @contextlib.contextmanager
-def replacing(path):
-    """Write a file whole or not at all: yields a temporary path beside it, which takes its place if nothing went wrong."""
-    temporary = Path(f"{path}.tmp{os.getpid()}")
+def replacing(path, keep=None):
+    """Write a file whole or not at all: yields a temporary path that becomes `path` unless something goes wrong. What
+    was there before is kept under the name `keep`."""
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        with open(temporary, "rb") as file:
+        with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
+        if keep and path.exists():
+            os.replace(path, keep)
         os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path} could not be written ({error.strerror or error}); what was there is kept") from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def save(path, **contents):
-    """Save tensors and plain values; the file that was there becomes NAME.previous.pt."""
-    with replacing(path) as temporary:
+    """Save tensors and plain values; a file that was there becomes NAME.previous.pt."""
+    with replacing(path, path.with_suffix(".previous.pt")) as temporary:
         torch.save({"format": "cdslm 1", **contents}, temporary)
-        if path.exists():
-            os.replace(path, path.with_suffix(".previous.pt"))
 
 
 def load(path):
     """What `save` wrote. Raises UserError if the file is damaged, or not ours."""
     try:
         contents = torch.load(path, map_location="cpu", weights_only=True)
-        if contents["format"] != "cdslm 1":
-            raise KeyError
-        return contents
+        if contents.get("format") == "cdslm 1":
+            return contents
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except Exception:  # torch raises half a dozen kinds for a damaged or foreign file, and refuses code with another
-        raise UserError(f"{path}: damaged, or not a cdslm checkpoint") from None
+    except Exception:  # torch has half a dozen kinds of error for a damaged or foreign file, and one for code in it
+        pass
+    raise UserError(f"{path}: damaged, or not a cdslm checkpoint")
 
 
 def newest(folder, config=None):
-    """The newest readable checkpoint of a run, or None; given the config of a run to go on with, one that its schedule leads through."""
-    for name in ("checkpoint.pt", "checkpoint.previous.pt", "trunk.pt"):
-        if (folder / name).exists():
-            try:
-                found = load(folder / name)
-            except UserError as error:
-                print(f"warning: {error}; trying the one before")
-                continue
-            if config is None or config.lr_schedule == "cosine" or found["steps"] == config.steps or found["step"] <= decay_start(config):
-                return found
-    if any((folder / name).exists() for name in ("checkpoint.pt", "checkpoint.previous.pt")) and config is None:
+    """The newest readable checkpoint of a run, None if there is none yet. Given a config to go on with, the newest that
+    its learning-rate schedule leads through: a run made longer goes back to where the decay began."""
+    names, seen = ("checkpoint.pt", "checkpoint.previous.pt", "trunk.pt"), []
+    for name in (name for name in names if (folder / name).exists()):
+        try:
+            seen.append(found := load(folder / name))
+        except UserError as error:
+            print(f"warning: {error}; trying the one before")
+            seen.append(None)
+            continue
+        same = config is None or found["steps"] == config.steps
+        if same or found["step"] <= min(decay_start(config.steps), decay_start(found["steps"])):
+            return found
+    if not any(seen) and seen:
         raise UserError(f"{folder}: none of its checkpoints can be read")
+    if seen:
+        raise UserError(f"{folder} is past what --steps {config.steps} can go on from, at step "
+                        f"{max(found['step'] for found in seen if found)}; ask for more, or choose another --out")
 
 
 def claim(config):
-    """Make the run folder ours: one run at a time, and only with the configuration it was begun with. Returns the lock to hold."""
+    """Make the run folder ours: one run at a time, of the configuration it was begun with. Returns the lock to hold."""
     folder = Path(config.out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -1009,19 +1011,19 @@ def claim(config):
     except OSError as error:
         raise UserError(f"--out {folder}: {error.strerror}") from None
     try:
-        import fcntl
+        import fcntl  # not on Windows, where keeping two runs apart is left to the user
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except ImportError:
-        pass  # Windows has no flock: two runs in one folder are then the user's to avoid
+        pass
     except OSError:
         raise UserError(f"--out {folder}: another run is writing there") from None
-    path, mine = folder / "config.json", dataclasses.asdict(config)
-    if path.exists():
+    mine = dataclasses.asdict(config)
+    if (folder / "config.json").exists():
         theirs = dataclasses.asdict(read_config(folder))
-        differ = [f"{name} {theirs[name]} -> {mine[name]}" for name in mine if name not in FREE and theirs[name] != mine[name]]
+        differ = [f"{k} {theirs[k]} -> {mine[k]}" for k in mine if k not in FREE and theirs[k] != mine[k]]
         if differ:
-            raise UserError(f"--out {folder} holds a run of another configuration ({', '.join(differ)}); choose another --out")
-    with replacing(path) as temporary:
+            raise UserError(f"--out {folder} holds another run ({', '.join(differ)}); choose another --out")
+    with replacing(folder / "config.json") as temporary:
         temporary.write_text(json.dumps(mine, indent=2) + "\n")
     return lock
 
@@ -1029,34 +1031,32 @@ def claim(config):
 def read_config(folder):
     """Config of a run folder."""
     path = Path(folder) / "config.json"
-    if not path.exists():
-        raise UserError(f"{folder}: no run there (it has no config.json); train one with: python cdslm.py --size tiny --out {folder}")
     try:
         return Config(**json.loads(path.read_text()))
+    except OSError:
+        raise UserError(f"{folder}: no run there; train one with: python cdslm.py --size tiny --out {folder}") from None
     except (ValueError, TypeError):
         raise UserError(f"{path}: damaged, or not ours") from None
 
 
 def load_run(folder, device="cpu"):
-    """A run folder -> config, model (averaged weights) and autoencoder, ready to sample from; the training data may be gone."""
+    """A run folder -> config, model (averaged weights) and autoencoder, ready to speak. Needs no training data."""
     folder, config = Path(folder), read_config(folder)
-    checkpoint = newest(folder)
-    if checkpoint is None:
+    if (checkpoint := newest(folder)) is None:
         raise UserError(f"{folder}: no checkpoint yet")
     model, autoencoder = MMDiT(config), AudioAutoencoder(config.latent_dim, config.decoder)
     try:
         model.load_state_dict(checkpoint["ema"])
         autoencoder.load_state_dict(load(folder / "autoencoder.pt")["autoencoder"])
     except (RuntimeError, KeyError):
-        raise UserError(f"{folder}: its checkpoint does not match its config.json") from None
+        raise UserError(f"{folder}: its checkpoints do not match its config.json") from None
     return config, model.to(device).eval().requires_grad_(False), autoencoder.to(device).eval().requires_grad_(False)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Training. What a step does depends on the weights and on the step's number alone: see `keyed`.
 
-TIMES = (torch.arange(10) + 0.5) / 10
-LEVELS = -2 * torch.log(torch.tan(math.pi / 2 * TIMES))  # log-SNR at which validation looks, whatever the schedule trained
+ANGLES = [math.pi / 2 * (i + 0.5) / 10 for i in range(10)]  # where validation looks, whatever schedule is trained
 
 
 def decide(config):
@@ -1083,13 +1083,11 @@ class Trainer:
         self.config, self.corpus, self.autoencoder, self.device, self.dtype = config, corpus, autoencoder, device, dtype
         torch.manual_seed(config.seed)
         self.model = MMDiT(config)
-        if autoencoder is not None:
-            silence = autoencoder.encode(torch.zeros(1, 33 * HOP, device=device))[0, 16]
-            self.model.silence.copy_(silence)
+        self.model.silence.copy_(autoencoder.encode(torch.zeros(1, 33 * HOP, device=device))[0, 16])
         self.model.to(device)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.network = torch.compile(self.model) if config.compile else self.model
-        self.diffusion, self.optimizers = make_diffusion(config), make_optimizers(self.model, config)
+        self.diffusion, self.optimizers = Diffusion(config), make_optimizers(self.model, config)
         self.done, self.skipped = 0, 0                                        # steps
 
     def precision(self):
@@ -1103,7 +1101,7 @@ class Trainer:
         return self.autoencoder.from_mel(mel).split((self.config.ctx_frames, self.config.gen_frames), dim=1)
 
     def batch(self, part, size):
-        """Windows `part` to `part + size` of this step's batch: x0 (B, Tg, C), context, noise level (B,), noise like x0.
+        """Windows `part` to `part + size` of a step's batch: x0 (B, Tg, C), context, noise level (B,), noise like x0.
         Times are stratified over the whole batch: each window draws from a share of its own."""
         c = self.config
         numbers = range(self.done * c.batch_size + part, self.done * c.batch_size + part + size)
@@ -1115,7 +1113,7 @@ class Trainer:
         return x0, torch.where(dropped[:, None, None], self.model.silence, ctx), phi, eps
 
     def step(self):
-        """One optimiser step -> what the log says of it. A step whose loss or gradient is not finite changes no weight."""
+        """One optimiser step -> its line in the log. If its loss or gradient is not finite it changes no weight."""
         c, loss = self.config, torch.zeros((), device=self.device)
         micro = c.micro_batch or c.batch_size
         for part in range(0, c.batch_size, micro):
@@ -1132,7 +1130,7 @@ class Trainer:
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak"] * factor
                 optimizer.step()
-            decay = min(c.ema, (1 + self.done) / (10 + self.done))            # short at first: the first steps are soon forgotten
+            decay = min(c.ema, (1 + self.done) / (10 + self.done))            # a short memory at first
             with torch.no_grad():
                 torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
         else:
@@ -1145,22 +1143,21 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self, count=64):
-        """Loss of the averaged weights on fixed held-out windows and noise: {log-SNR: loss} at the ten midpoints of t under
-        the cosine schedule, and their mean, the paper's loss. So runs with other training schedules compare."""
+        """Loss of the averaged weights on fixed held-out windows and noise, {log-SNR: loss} at ten angles, and its mean,
+        the paper's loss under the cosine schedule, whatever was trained, so that runs compare."""
         ctx, x0 = self.frames("valid", [keyed(0, "validation", i) for i in range(count)])
         eps = torch.stack([keyed_noise(0, "validation", i, x0.shape[1:], self.device) for i in range(count)])
-        losses = []
-        for phi in (math.pi / 2 * TIMES).tolist():
+        parts, losses = [part.split(self.config.batch_size) for part in (x0, ctx, eps)], {}
+        for angle in ANGLES:
+            phi = torch.full((count,), angle, device=self.device).split(self.config.batch_size)
             with self.precision():
-                losses.append(torch.cat([
-                    self.diffusion.loss(self.ema, x, c, torch.full((len(x),), phi, device=self.device), e)
-                    for x, c, e in zip(*(part.split(self.config.batch_size) for part in (x0, ctx, eps)))]).mean())
-        losses = torch.stack(losses).tolist()
-        return {"mean": sum(losses) / len(losses)} | {f"{level:.1f}": loss for level, loss in zip(LEVELS.tolist(), losses)}
+                loss = torch.cat([self.diffusion.loss(self.ema, x, c, p, e) for x, c, e, p in zip(*parts, phi)])
+            losses[f"{-2 * math.log(math.tan(angle)):.1f}"] = loss.mean().item()
+        return {"mean": sum(losses.values()) / len(losses)} | losses
 
     def save(self, path):
-        save(path, step=self.done, steps=self.config.steps, skipped=self.skipped, config=dataclasses.asdict(self.config),
-             model=self.model.state_dict(), ema=self.ema.state_dict(), optimizers=[o.state_dict() for o in self.optimizers])
+        save(path, step=self.done, steps=self.config.steps, skipped=self.skipped, model=self.model.state_dict(),
+             ema=self.ema.state_dict(), optimizers=[optimizer.state_dict() for optimizer in self.optimizers])
 
     def restore(self, found):
         self.model.load_state_dict(found["model"])
@@ -1171,7 +1168,7 @@ class Trainer:
 
 
 def forecast(config, device, dtype):
-    """Seconds that (an autoencoder step, a training step) take here, from a few steps of each that leave nothing behind."""
+    """Seconds that (a decoder step, a training step) take here, from a few steps of each that leave nothing behind."""
     def fastest(work):
         times = []
         for _ in range(4):
@@ -1180,17 +1177,21 @@ def forecast(config, device, dtype):
             times.append(time.perf_counter() - start)
         return min(times)
 
-    class Silence:  # a corpus in miniature
-        def windows(self, kind, split, keys, frames):
-            return np.full((len(keys), frames, MELS) if kind == "mel" else (len(keys), frames * HOP), 0.1, np.float32)
-        def hours(self, split):
-            return 1.0
+    autoencoder, model, diffusion = AudioAutoencoder(config.latent_dim, config.decoder), MMDiT(config), Diffusion(config)
+    model, wave = model.to(device), torch.randn(16, 48 * HOP)
+    optimizers = make_optimizers(model, config)
+    x0 = torch.randn(config.micro_batch or config.batch_size, config.gen_frames, config.channels, device=device)
+    ctx, phi = x0.repeat(1, -(-config.ctx_frames // config.gen_frames), 1)[:, :config.ctx_frames], torch.ones_like(x0[:, 0, 0])
 
-    autoencoder = AudioAutoencoder(config.latent_dim, config.decoder).to(device)
-    trainer = Trainer(config, Silence(), autoencoder, device, dtype)
-    wave = torch.randn(16, 48 * HOP, device=device)
+    def train():
+        for _ in range(config.batch_size // len(x0)):
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                diffusion.loss(model, x0, ctx, phi, x0).mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+
     decoder = fastest(lambda: autoencoder.loss(wave).backward()) if config.decoder == "neural" else 0.0
-    return decoder, fastest(trainer.step)
+    return decoder, fastest(train)
 
 
 @contextlib.contextmanager
@@ -1214,12 +1215,13 @@ def train(config):
     device, dtype = decide(config)
     folder, size = Path(config.out), count(config)
     lock = claim(config)
-    print(f"{config.size}: {size['parameters'] / 1e6:.2f} M parameters on {device} in {str(dtype)[6:]}; {config.steps} steps of "
-          f"{config.batch_size} windows, {size['tokens']} tokens each, {size['flops'] * config.batch_size / 1e9:.3g} GFLOP a step")
+    print(f"{config.size}: {size['parameters'] / 1e6:.2f} M parameters on {device} in {str(dtype)[6:]}; {config.steps} "
+          f"steps of {config.batch_size} windows of {size['tokens']} tokens, "
+          f"{size['flops'] * config.batch_size / 1e9:.3g} GFLOP a step")
     decoder_step, training_step = forecast(config, device, dtype)
     minutes = config.decoder_steps * decoder_step / 60, config.steps * training_step / 60
-    print(f"expect {minutes[0]:.1f} min for the decoder and {minutes[1]:.1f} min of training, {training_step:.3f} s a step; in a "
-          f"hurry: --steps {max(1, config.steps // 10)} --decoder griffinlim --out out/quick")
+    print(f"about {minutes[0]:.1f} min for the decoder, {minutes[1]:.1f} min to train ({training_step:.3f} s a step), less "
+          f"what is done; in a hurry: --steps {max(1, config.steps // 10)} --decoder griffinlim --out out/quick")
     corpus = open_corpus(config)
     autoencoder = open_autoencoder(config, corpus, device)
     trainer = Trainer(config, corpus, autoencoder, device, dtype)
@@ -1231,7 +1233,7 @@ def train(config):
         bar = tqdm(initial=trainer.done, total=config.steps, desc="training", unit="step")
         begun, first, shown = time.perf_counter(), trainer.done, {}
         while trainer.done < config.steps and not signals:
-            if config.lr_schedule == "wsd" and trainer.done == decay_start(config):
+            if config.lr_schedule == "wsd" and trainer.done == decay_start(config.steps):
                 trainer.save(folder / "trunk.pt")                             # a longer run will go on from here
             row = trainer.step()
             rate = (trainer.done - first) * config.batch_size * (config.ctx_frames + config.gen_frames)
@@ -1259,9 +1261,10 @@ def train(config):
 def trim_log(path, step):
     """Drop what the log says of steps after `step`: they will be done again."""
     if path.exists():
-        rows = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
+        whole = [row for row in path.read_text().splitlines(True) if row.endswith("}\n")]
+        rows = [row for row in whole if json.loads(row)["step"] <= step]
         with replacing(path) as temporary:
-            temporary.write_text("".join(row + "\n" for row in rows))
+            temporary.write_text("".join(rows))
 
 
 def listen(folder, device="cpu", number=4):
@@ -1275,9 +1278,9 @@ def listen(folder, device="cpu", number=4):
     for kind, sounds in {"generated": speech, "true": waves, "reconstruction": autoencoder.decode(frames)}.items():
         for i, wave in enumerate(sounds, 1):
             save_audio(folder / f"{i}_{kind}.wav", wave)
-    print(f"listen to {folder}/1_generated.wav: {config.ctx_seconds:g} s of a held-out recording, then {config.gen_seconds:g} s that the model "
-          f"made up; 1_true.wav is how it really went on, 1_reconstruction.wav what the decoder alone costs.\n"
-          f"next: python sample.py {folder} --num 8 --seconds 10      or      python eval_pjsd.py {folder}")
+    print(f"listen to {folder}/1_generated.wav: {config.ctx_seconds:g} s of a held-out recording, then the model; "
+          f"1_true.wav is how it really went on, 1_reconstruction.wav what the decoder alone costs.\n"
+          f"next: python sample.py {folder} --num 8 --seconds 10      then: python eval_pjsd.py {folder}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1310,10 +1313,10 @@ def dry_run(config):
     """Say what a run would be, without data and without allocating it."""
     device, dtype = decide(config)
     size = count(config)
+    step = {"tokens_per_step": size["tokens"] * config.batch_size, "flops_per_step": size["flops"] * config.batch_size}
     facts = {"size": config.size, "device": str(device), "dtype": str(dtype)[6:], "parameters": size["parameters"],
-             "ctx_frames": config.ctx_frames, "gen_frames": config.gen_frames, "tokens_per_window": size["tokens"],
-             "flops_per_step": size["flops"] * config.batch_size, "flops": size["flops"] * config.batch_size * config.steps,
-             "tokens": size["tokens"] * config.batch_size * config.steps}
+             "ctx_frames": config.ctx_frames, "gen_frames": config.gen_frames, **step,
+             "tokens": step["tokens_per_step"] * config.steps, "flops": step["flops_per_step"] * config.steps}
     print(json.dumps(facts) if config.json else "\n".join(f"{name:>18}  {value}" for name, value in facts.items()))
 
 

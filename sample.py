@@ -1,0 +1,85 @@
+"""Speak: continue held-out contexts, a recording, or silence.
+
+    python sample.py out/tiny                                            continue the contexts kept in the run
+    python sample.py out/digits --prompt me.flac --seconds 12 --cfg 2    continue a recording
+    python sample.py out/tiny --prompt none --num 8                      eight beginnings out of silence, in one batch
+
+Each file is the context followed by the continuation, decoded together. Beyond the window the model was trained on it goes on
+window by window, and is decoded as one, so no seam is heard. The same command writes the same files on the same machine.
+"""
+import argparse
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from cdslm import FRAME_RATE, HOP, RATE, Parser, UserError, cli, decide, load, load_audio, load_run, sample, save_audio
+
+SILENT = 1e-3  # a prompt that never gets louder than -60 dBFS says nothing
+
+
+def parse(argv=None):
+    """Command line -> arguments."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("run", help="a run folder, such as out/tiny")
+    parser.add_argument("--prompt", help="a recording to continue, or 'none' for silence; held-out contexts by default")
+    parser.add_argument("--seconds", type=float, help="seconds to speak; by default what the run was trained to speak in one go")
+    parser.add_argument("--num", type=int, help="how many continuations [1; 4 without --prompt]")
+    parser.add_argument("--cfg", type=float, default=1.5, help="guidance: 1 none; more, closer to the context [1.5]")
+    parser.add_argument("--steps", type=int, default=24, help="evaluations of the network a window [24]")
+    parser.add_argument("--sampler", default="dpm", choices=("dpm", "ddim"), help="DPM-Solver++(2M) or DDIM [dpm]")
+    parser.add_argument("--seed", type=int, default=0, help="another seed, another continuation [0]")
+    parser.add_argument("--device", default="auto", help="cuda, mps, cpu; auto takes the first there is")
+    parser.add_argument("--out", type=Path, help="the WAV to write (-1, -2, ... are added for several) [RUN/continued.wav]")
+    arguments = parser.parse_args(argv)
+    if arguments.seconds is not None and not 0 < arguments.seconds < math.inf:
+        raise UserError("--seconds must be more than 0")
+    if arguments.num is None:
+        arguments.num = 1 if arguments.prompt else 4
+    if arguments.num < 1 or arguments.steps < 1 or not math.isfinite(arguments.cfg) or arguments.seed < 0:
+        raise UserError("--num and --steps must be at least 1, --seed at least 0, --cfg a number")
+    return arguments
+
+
+def contexts(arguments, config, autoencoder, device):
+    """What to continue: frames (num, T, C) with T at least the model's context; the last of them are what it hears."""
+    need = config.ctx_frames
+    if arguments.prompt is None:
+        waves = load(Path(arguments.run) / "autoencoder.pt")["examples"].float() / 32767
+        waves = waves[torch.arange(arguments.num) % len(waves), :need * HOP]
+    else:
+        wave = torch.zeros(0) if arguments.prompt == "none" else load_audio(arguments.prompt)
+        if len(wave) and wave.abs().max() < SILENT:
+            print(f"{arguments.prompt} is silent: starting from silence")
+            wave = torch.zeros(0)
+        elif 0 < len(wave) < need * HOP:
+            print(f"{arguments.prompt} is {len(wave) / RATE:.1f} s long: padded in front with silence to {need / FRAME_RATE:g} s")
+        wave = F.pad(wave, (max(0, need * HOP - len(wave)), 0))
+        waves = wave[len(wave) % HOP:].repeat(arguments.num, 1)
+    return autoencoder.encode(waves.to(device))
+
+
+def main():
+    arguments = parse()
+    config, model, autoencoder = load_run(arguments.run)
+    config.device = arguments.device
+    device, dtype = decide(config)
+    model, autoencoder = model.to(device), autoencoder.to(device)
+    frames = contexts(arguments, config, autoencoder, device)
+    more = config.gen_frames if arguments.seconds is None else max(1, round(arguments.seconds * FRAME_RATE))
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        spoken = sample(model, frames[:, -config.ctx_frames:], more, arguments.steps, arguments.cfg, arguments.sampler,
+                        arguments.seed, progress=True)
+    waves = autoencoder.decode(torch.cat([frames, spoken], dim=1))
+    path = arguments.out or Path(arguments.run) / "continued.wav"
+    if not path.parent.is_dir():
+        raise UserError(f"--out {path}: no folder {path.parent}")
+    for number, wave in enumerate(waves, 1):
+        file = path if arguments.num == 1 else path.with_stem(f"{path.stem}-{number}")
+        save_audio(file, wave)
+        print(f"{file}: {frames.shape[1] / FRAME_RATE:.1f} s of context, then {more / FRAME_RATE:.1f} s of its own")
+
+
+if __name__ == "__main__":
+    cli(main)
