@@ -56,9 +56,9 @@ class UserError(Exception):
 # Config. One dial, the depth L: the width is 128 L [paper], heads are 64 wide, and `--size` names a depth with the
 # window and the budget that suit it. Any field overrides it: `--steps 500`, `Config(size="tiny", steps=500)`.
 
-PAPER = dict(ctx_seconds=10.0, gen_seconds=30.0, patch_size=4, predict="v", optimizer="adamw")
-# DEVIATION: on a laptop x0-prediction, long patches and Muon reach words several times sooner (README, leaderboard)
-LAPTOP = dict(patch_size=8, predict="x0", optimizer="muon", batch_size=32)
+PAPER = dict(ctx_seconds=10.0, gen_seconds=30.0, patch_size=4, predict="v", self_condition=0.0, optimizer="adamw")
+# DEVIATION: on a laptop, predicting x0 in long patches, self-conditioning and Muon reach words several times sooner
+LAPTOP = dict(patch_size=8, predict="x0", self_condition=0.5, optimizer="muon", batch_size=32)
 SIZES = {
     "tiny": LAPTOP | dict(depth=2, ctx_seconds=1.0, gen_seconds=3.0, steps=5000),
     "small": LAPTOP | dict(depth=3, ctx_seconds=2.0, gen_seconds=6.0, steps=40_000),
@@ -99,6 +99,7 @@ class Config:
 
     predict: str = opt(None, "the network predicts the velocity (the paper) or the clean frames", "v", "x0",
                        section="diffusion")
+    self_condition: float = opt(None, "share of steps that see the network's own first guess (the paper: 0)", least=0)
     schedule: str = opt("cosine", "noise schedule", "cosine", "linear", "exponential")
     zero_terminal_snr: bool = opt(False, "noise all the way: no trace of speech is left at t = 1")
     min_snr_gamma: float = opt(5.0, "cap of the loss weight min(SNR, gamma)", above=0)
@@ -136,8 +137,8 @@ class Config:
         self.out = self.out or f"out/{self.size}"
         for f in dataclasses.fields(self):
             self._check("--" + f.name.replace("_", "-"), getattr(self, f.name), **f.metadata)
-        if self.ctx_drop > 1 or self.ema >= 1:
-            raise UserError("--ctx-drop must be at most 1, --ema less than 1")
+        if self.ctx_drop > 1 or self.self_condition > 1 or self.ema >= 1:
+            raise UserError("--ctx-drop and --self-condition must be at most 1, --ema less than 1")
         if not (self.ctx_frames and self.gen_frames):
             raise UserError(f"--ctx-seconds and --gen-seconds must hold at least one patch of {self.patch_size} frames")
         if self.width % (64 if self.width > 64 else 4):
@@ -224,16 +225,17 @@ def read_audio(path, start=0, stop=math.inf):
         raise UserError(f"{path}: no such file")
     try:
         with soundfile.SoundFile(path) as file:
-            rate = file.samplerate
+            rate, end = file.samplerate, min(file.frames, stop * file.samplerate)
             if not 8000 <= rate <= 192_000:
                 raise UserError(f"{path}: {rate} Hz is outside 8 to 192 kHz")
-            file.seek(start * rate)
-            left = (stop - start) * rate
-            while left > 0 and len(piece := file.read(int(min(60 * rate, left)), dtype="float32", always_2d=True)):
+            for at in range(start * rate, math.ceil(end), 60 * rate):
+                before = min(at, rate)                         # minutes overlap by a second, so that none has an edge
+                file.seek(at - before)
+                piece = file.read(min(61 * rate, math.ceil(end) - at) + before, dtype="float32", always_2d=True)
                 if not np.isfinite(piece).all():
                     raise UserError(f"{path}: contains NaN or infinite samples")
-                yield resample(torch.from_numpy(piece.mean(1)), rate)
-                left -= len(piece)
+                samples = -(-(min(60 * rate, len(piece) - before)) * RATE // rate)
+                yield resample(torch.from_numpy(piece.mean(1)), rate)[before * RATE // rate:][:samples]
     except (soundfile.SoundFileError, OSError, RuntimeError, ValueError) as error:
         raise UserError(f"{path}: not readable as audio ({reason(error)})") from None
 
@@ -587,12 +589,13 @@ class Corpus:
     def _split(stretches, window):
         """{split: its blocks, rows of (shard, first frame, frames)}."""
         total = sum(frames for *_, frames in stretches)
-        size = min(max(BLOCK_SECONDS * FRAME_RATE, 3 * window), max(2 * window, total // 20))
+        size = max(BLOCK_SECONDS * FRAME_RATE, 3 * window)
+        size = size if total > 20 * size else 2 * window                      # little speech is split more finely
         blocks, chances = [], []
         for name, minute, shard, start, frames in stretches:
             for at in range(0, frames, size):
-                gap = FRAME_RATE if at + size < frames else 0                 # the second left out
-                blocks.append((shard, start + at, min(size, frames - at) - gap))
+                length = size - FRAME_RATE if at + size <= frames else frames - at
+                blocks.append((shard, start + at, length))
                 chances.append(keyed(0, name, (minute * 60 * FRAME_RATE + at) // size) / 2 ** 63)
         blocks, chances = np.array(blocks).reshape(-1, 3), np.array(chances)
         usable = np.sort(chances[blocks[:, 2] >= window])
@@ -624,6 +627,8 @@ class Corpus:
     def mel_stats(self):
         """Mean and standard deviation of the training set's log-mel over all bands, and how many bands are alive."""
         mel = self.windows("mel", "train", [keyed(0, "statistics", i) for i in range(512)], 32)
+        if mel.std() < 1e-3:
+            raise UserError("the recordings are silent")
         return float(mel.mean()), float(mel.std()), int((mel.std((0, 1)) > 0.2).sum())
 
 
@@ -688,10 +693,17 @@ class Diffusion:
         snr = phi.tan() ** -2
         return snr.clamp(max=self.gamma) / (1 if self.predict == "x0" else snr + 1)
 
-    def loss(self, model, x0, ctx, phi, eps):
-        """Weighted squared error (B,) of predicting x0 (B, T, C) after ctx (B, Tc, C) at noise level phi (B,)."""
+    def loss(self, model, x0, ctx, phi, eps, guess=False):
+        """Weighted squared error (B,) of predicting x0 (B, T, C) after ctx (B, Tc, C) at noise level phi (B,).
+
+        DEVIATION if `guess`: the network first guesses x0 and then sees its guess, as it will when sampling, where each
+        step knows what the last one thought (self-conditioning, Chen et al. 2023)."""
         angle = phi[:, None, None]
-        prediction = model(angle.cos() * x0 + angle.sin() * eps, phi, ctx)
+        xt, first = angle.cos() * x0 + angle.sin() * eps, None
+        if guess:
+            with torch.no_grad():
+                first = self.clean(model(xt, phi, ctx).float(), xt, angle)
+        prediction = model(xt, phi, ctx, first)
         return (self.weight(angle) * (prediction.float() - self.target(x0, eps, angle)) ** 2).mean((1, 2))
 
 
@@ -776,7 +788,8 @@ class Block(nn.Module):
 
 
 class MMDiT(nn.Module):
-    """model(xt (B, Tg, C), phi (B,), ctx (B, Tc, C)) -> prediction (B, Tg, C); Tc, Tg are whole numbers of patches."""
+    """model(xt (B, Tg, C), phi (B,), ctx (B, Tc, C)) -> prediction (B, Tg, C), with Tc and Tg whole numbers of patches;
+    or with an earlier guess of x0, like xt, as a fourth."""
 
     def __init__(self, config):
         super().__init__()
@@ -784,6 +797,7 @@ class MMDiT(nn.Module):
         self.config, self.patch = config, k
         self.register_buffer("silence", torch.zeros(config.channels))         # a frame of digital zero, for guidance
         self.enter_ctx, self.enter_gen = (linear(k * config.channels, d, "input", bias=True) for _ in range(2))
+        self.enter_guess = linear(k * config.channels, d, "input") if config.self_condition else None
         self.noise_in, self.noise_out = linear(256, d, "input", bias=True), linear(d, d, "hidden", bias=True)
         self.blocks = nn.ModuleList(Block(d, heads, last=i == config.depth - 1) for i in range(config.depth))
         self.final = linear(d, 2 * d, "adaln", bias=True)
@@ -798,10 +812,13 @@ class MMDiT(nn.Module):
         wave = phi[:, None] * 1000 * 10_000 ** -torch.linspace(0, 1, 128, device=phi.device)
         return F.silu(self.noise_out(F.silu(self.noise_in(torch.cat([wave.cos(), wave.sin()], dim=-1)))))[:, None]
 
-    def forward(self, xt, phi, ctx):
-        c = self.embed(phi)
-        ctx = self.enter_ctx(ctx.unflatten(1, (-1, self.patch)).flatten(2))    # (B, Tc/k, k*C) -> (B, Tc/k, d)
-        gen = self.enter_gen(xt.unflatten(1, (-1, self.patch)).flatten(2))
+    def forward(self, xt, phi, ctx, guess=None):
+        def patches(x):
+            return x.unflatten(1, (-1, self.patch)).flatten(2)                 # (B, T, C) -> (B, T/k, k*C)
+
+        c, ctx, gen = self.embed(phi), self.enter_ctx(patches(ctx)), self.enter_gen(patches(xt))
+        if self.enter_guess is not None and guess is not None:
+            gen = gen + self.enter_guess(patches(guess))
         cos, sin = self.cos.to(gen.dtype), self.sin.to(gen.dtype)
         for block in self.blocks:
             ctx, gen = block(ctx, gen, c, cos, sin, BASE_DEPTH / len(self.blocks))
@@ -810,15 +827,17 @@ class MMDiT(nn.Module):
 
 
 def count(config):
-    """Parameters, tokens a window, and FLOPs of training on a window (2 a multiply-add, backward twice forward)."""
+    """Parameters, tokens a window, and FLOPs of training on a window: 2 a multiply-add, backward twice forward, except that
+    nothing is passed back to the input. A first guess costs a forward pass more."""
     d, L, kc = config.width, config.depth, config.patch_size * config.channels
     ctx, gen = config.ctx_frames // config.patch_size, config.gen_frames // config.patch_size
-    matrices = 12 * d * d * (gen * L + ctx * (L - 1)) + 3 * d * d * ctx + kc * d * (ctx + 2 * gen)  # once a token
-    modulation = 256 * d + d * d * (1 + 6 * (2 * L - 1) + 2 + 2)                                    # once a window
-    attended = 2 * d * L * (ctx + gen) ** 2
+    enter = kc * d * (ctx + gen) + 256 * d                                              # multiply-adds from the input
+    blocks = 12 * d * d * (gen * L + ctx * (L - 1)) + 3 * d * d * ctx + 2 * d * L * (ctx + gen) ** 2
+    inner = blocks + d * d * (1 + 6 * (2 * L - 1) + 2 + 2) + kc * d * gen               # noise level, adaLN and output too
+    guess = config.self_condition * (2 * (enter + inner) + 4 * kc * d * gen)
     with torch.device("meta"):
         parameters = sum(p.numel() for p in MMDiT(config).parameters())
-    return {"parameters": parameters, "tokens": ctx + gen, "flops": 6 * (matrices + modulation + attended)}
+    return {"parameters": parameters, "tokens": ctx + gen, "flops": 4 * enter + 6 * inner + guess}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -831,7 +850,7 @@ def sample(model, context, frames=None, steps=24, cfg=1.5, sampler="dpm", seed=0
     `cfg` is the guidance, 1 for none. Beyond a window, what was said last is the next context. The noise of item i
     depends on (seed, i) alone."""
     config, speech, frames = model.config, context.float(), frames or model.config.gen_frames
-    top = float(Diffusion(config).angle(torch.ones(())))
+    top = min(float(Diffusion(config).angle(torch.ones(()))), math.pi / 2)  # float32 rounds pi/2 up
     angles = torch.linspace(top, 0, steps + 1, dtype=torch.float64).tolist()
     solve, shape = {"dpm": dpm_solver, "ddim": ddim}[sampler], (config.gen_frames, config.channels)
     for window in tqdm(range(-(-frames // config.gen_frames)), desc="speaking", unit="window", disable=not progress):
@@ -841,21 +860,22 @@ def sample(model, context, frames=None, steps=24, cfg=1.5, sampler="dpm", seed=0
     return speech[:, context.shape[1]:context.shape[1] + frames]
 
 
-def guided(model, ctx, cfg, xt, phi):
-    """x0 (B, Tg, C) as the network sees it in xt at noise phi: silent + cfg (heard - silent) (Ho & Salimans 2021), where
+def guided(model, ctx, cfg, xt, phi, guess):
+    """x0 (B, Tg, C) as the network sees it in xt at noise phi, silent + cfg (heard - silent): Ho & Salimans 2021, where
     `heard` continues ctx and `silent` continues zeroed speech [paper]."""
     both = ctx if cfg == 1 else torch.cat([ctx, model.silence.expand_as(ctx)])
-    xt = xt.repeat(len(both) // len(ctx), 1, 1)
+    xt, guess = (x if x is None else x.repeat(len(both) // len(ctx), 1, 1) for x in (xt, guess))
     level = torch.full((len(xt),), phi, device=xt.device)
-    x0 = Diffusion(model.config).clean(model(xt, level, both).float(), xt, level[:, None, None])
+    x0 = Diffusion(model.config).clean(model(xt, level, both, guess).float(), xt, level[:, None, None])
     heard, silent = x0.split(len(ctx)) if cfg != 1 else (x0, x0)
     return silent + cfg * (heard - silent)
 
 
 def ddim(predict, x, angles):
     """Song et al. 2021, Eq. 12 without noise: keep the eps that x0 implies, go to the next angle."""
+    x0 = None
     for phi, following in zip(angles, angles[1:]):
-        x0 = predict(x, phi)
+        x0 = predict(x, phi, x0)
         eps = (x - math.cos(phi) * x0) / math.sin(phi)
         x = math.cos(following) * x0 + math.sin(following) * eps
     return x
@@ -867,7 +887,7 @@ def dpm_solver(predict, x, angles):
     rate = [-math.log(math.tan(phi)) if phi else math.inf for phi in angles]  # half the log-SNR, whose steps are h
     before = None
     for i, (phi, following) in enumerate(zip(angles, angles[1:])):
-        x0 = better = predict(x, phi)
+        x0 = better = predict(x, phi, before)
         h = rate[i + 1] - rate[i]
         if before is not None and math.isfinite(h):
             better = x0 + (x0 - before) * h / (2 * (rate[i] - rate[i - 1]))
@@ -1008,8 +1028,6 @@ def claim(config):
         differ = [f"{k} {theirs[k]} -> {mine[k]}" for k in mine if k not in FREE and theirs[k] != mine[k]]
         if differ:
             raise UserError(f"--out {folder} holds another run ({', '.join(differ)}); choose another --out")
-    with replacing(folder / "config.json") as temporary:
-        temporary.write_text(json.dumps(mine, indent=2) + "\n")
     return lock
 
 
@@ -1100,11 +1118,11 @@ class Trainer:
     def step(self):
         """One optimiser step -> its line in the log. If its loss or gradient is not finite it changes no weight."""
         c, loss = self.config, torch.zeros((), device=self.device)
-        micro = c.micro_batch or c.batch_size
+        micro, guess = c.micro_batch or c.batch_size, keyed(c.seed, "guess", self.done) < c.self_condition * 2 ** 63
         for part in range(0, c.batch_size, micro):
             x0, ctx, phi, eps = self.batch(part, micro)
             with self.precision():
-                share = self.diffusion.loss(self.network, x0, ctx, phi, eps).sum() / c.batch_size
+                share = self.diffusion.loss(self.network, x0, ctx, phi, eps, guess).sum() / c.batch_size
             share.backward()
             loss += share.detach()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), c.clip)
@@ -1165,7 +1183,8 @@ def forecast(config, device, dtype):
     def training_step():
         for _ in range(config.batch_size // micro):
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                diffusion.loss(model, x0, ctx, torch.ones(micro, device=device), x0).mean().backward()
+                guess = config.self_condition > 0
+                diffusion.loss(model, x0, ctx, torch.ones(micro, device=device), x0, guess).mean().backward()
         for optimizer in optimizers:
             optimizer.step()
 
@@ -1208,6 +1227,8 @@ def train(config):
           f"of training ({step:.3f} s a step), less what is done already; in a hurry: "
           f"--steps {max(1, config.steps // 10)} --decoder griffinlim --out out/quick")
     corpus = open_corpus(config)
+    with replacing(folder / "config.json") as temporary:  # from here on the folder belongs to this configuration
+        temporary.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
     autoencoder = open_autoencoder(config, corpus, device)
     trainer = Trainer(config, corpus, autoencoder, device, dtype)
     if (found := newest(folder, config)) is not None:
