@@ -206,6 +206,8 @@ def log_mel(wave):
 
 def resample(wave, rate, new_rate=RATE):
     """(N,) at `rate` Hz -> (ceil(N * new_rate / rate),): the same spectrum, cut off or continued with zeros."""
+    if rate == new_rate:
+        return wave
     seconds = len(wave) // rate + 2                           # whole seconds are whole numbers of samples at both rates
     spectrum = torch.fft.rfft(F.pad(wave, (0, seconds * rate - len(wave))))
     shared = min(rate, new_rate) * seconds // 2
@@ -827,8 +829,8 @@ class MMDiT(nn.Module):
 
 
 def count(config):
-    """Parameters, tokens a window, and FLOPs of training on a window: 2 a multiply-add, backward twice forward, except that
-    nothing is passed back to the input. A first guess costs a forward pass more."""
+    """Parameters, tokens a window, and FLOPs of training on a window: 2 a multiply-add, backward twice forward, except
+    that nothing is passed back to the input. A first guess costs a forward pass more."""
     d, L, kc = config.width, config.depth, config.patch_size * config.channels
     ctx, gen = config.ctx_frames // config.patch_size, config.gen_frames // config.patch_size
     enter = kc * d * (ctx + gen) + 256 * d                                              # multiply-adds from the input
@@ -861,7 +863,7 @@ def sample(model, context, frames=None, steps=24, cfg=1.5, sampler="dpm", seed=0
 
 
 def guided(model, ctx, cfg, xt, phi, guess):
-    """x0 (B, Tg, C) as the network sees it in xt at noise phi, silent + cfg (heard - silent): Ho & Salimans 2021, where
+    """x0 (B, Tg, C) as the network sees it in xt at noise phi, silent + cfg (heard - silent) (Ho & Salimans 2021):
     `heard` continues ctx and `silent` continues zeroed speech [paper]."""
     both = ctx if cfg == 1 else torch.cat([ctx, model.silence.expand_as(ctx)])
     xt, guess = (x if x is None else x.repeat(len(both) // len(ctx), 1, 1) for x in (xt, guess))
@@ -915,7 +917,7 @@ def make_optimizers(model, config):
     m, roles = config.width / BASE_WIDTH, {role: [] for role in ROLES}
     for parameter in model.parameters():
         roles[parameter.role].append(parameter)
-    matrices = roles.pop("hidden") if config.optimizer == "muon" else []
+    matrices = roles.pop("hidden") if config.optimizer == "muon" and hasattr(torch.optim, "Muon") else []  # torch 2.9
     groups = [dict(params=parameters, lr=config.lr * rate(m), weight_decay=config.weight_decay * decay(m))
               for role, parameters in roles.items() for rate, decay in [ROLES[role]]]
     epsilon = 1e-8 / m * BASE_DEPTH / config.depth  # gradients shrink with the residual branches
@@ -997,10 +999,10 @@ def newest(folder, config=None):
             print(f"warning: {error}; trying the one before")
             seen.append(None)
             continue
-        same = config is None or found["steps"] == config.steps
-        if same or found["step"] <= min(decay_start(config.steps), decay_start(found["steps"])):
+        if config is None or found["steps"] == config.steps or found["step"] <= (
+                config.steps if config.lr_schedule == "cosine" else min(map(decay_start, (config.steps, found["steps"])))):
             return found
-    if not any(seen) and seen:
+    if seen and not any(seen):
         raise UserError(f"{folder}: none of its checkpoints can be read")
     if seen:
         raise UserError(f"{folder} is past what --steps {config.steps} can go on from, at step "
@@ -1091,7 +1093,7 @@ class Trainer:
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.network = torch.compile(self.model) if config.compile else self.model
         self.diffusion, self.optimizers = Diffusion(config), make_optimizers(self.model, config)
-        self.done, self.skipped = 0, 0                                        # steps
+        self.done, self.skipped, self.failed = 0, 0, 0                        # steps: all, not finite, and in a row
 
     def precision(self):
         """The context in which the network runs: bf16 matrix products, float32 weights."""
@@ -1129,6 +1131,7 @@ class Trainer:
         loss, norm = torch.stack([loss, norm]).tolist()                       # the one wait for the device
         factor = lr_factor(c, self.done)
         if math.isfinite(loss + norm):
+            self.failed = 0
             for optimizer in self.optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak"] * factor
@@ -1138,6 +1141,10 @@ class Trainer:
                 torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
         else:
             self.skipped += 1
+            self.failed += 1
+            if self.failed == 10:
+                raise UserError("ten steps in a row without a finite loss; the last checkpoint is whole. Try a lower --lr, "
+                                "a lower --muon-lr, or --dtype fp32")
         self.model.zero_grad(set_to_none=True)
         self.done += 1
         hours = self.done * c.batch_size * (c.ctx_frames + c.gen_frames) / FRAME_RATE / 3600
