@@ -1,0 +1,120 @@
+import itertools
+import math
+
+import pytest
+import torch
+
+from cdslm import ROLES, Config, MMDiT, decay_start, lr_factor, make_optimizers
+
+
+def groups(config):
+    """{name of a parameter: (its optimiser, its group)} of a model."""
+    model = MMDiT(config)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = [(names[id(p)], (optimizer, group)) for optimizer in make_optimizers(model, config)
+             for group in optimizer.param_groups for p in group["params"]]
+    assert len(found) == len(names), "a parameter in no group, or in two"
+    return dict(found)
+
+
+def test_every_parameter_has_a_role(small):
+    roles = {name: parameter.role for name, parameter in MMDiT(small(depth=2)).named_parameters()}
+    kinds = {"adaln": "adaln", "final": "adaln", "leave": "output", "enter": "input", "noise_in": "input"}
+    assert set(roles.values()) == set(ROLES)
+    for name, role in roles.items():
+        module = next((key for key in kinds if key in name), "hidden")
+        assert role == ("bias" if name.endswith("bias") else kinds.get(module, "hidden")), name
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_every_parameter_is_in_one_group(small, optimizer):
+    found = groups(small(depth=2, optimizer=optimizer))
+    muon = {name for name, (which, _) in found.items() if type(which).__name__ == "Muon"}
+    hidden = {name for name, parameter in MMDiT(small(depth=2)).named_parameters() if parameter.role == "hidden"}
+    assert muon == (hidden if optimizer == "muon" else set())
+
+
+@pytest.mark.parametrize("width", [64, 256, 512, 1024])
+def test_adamw_follows_the_mup_table(small, width):
+    """Learning rate 1/m for what comes from the width, 1 for what comes from outside; m = width / 512."""
+    config, m = small(depth=2, width=width, optimizer="adamw", lr=2e-3, weight_decay=0.1), width / 512
+    expected = {"enter_gen.weight": (2e-3, 0), "noise_in.weight": (2e-3, 0), "enter_gen.bias": (2e-3, 0),
+                "blocks.0.gen.qkv.weight": (2e-3 / m, 0.1 * m), "blocks.1.ctx.qkv.weight": (2e-3 / m, 0.1 * m),
+                "blocks.0.gen.down.weight": (2e-3 / m, 0.1 * m), "noise_out.weight": (2e-3 / m, 0.1 * m),
+                "blocks.0.ctx.adaln.weight": (2e-3 / m, 0), "final.weight": (2e-3 / m, 0),
+                "leave.weight": (2e-3 / m, 0)}
+    found = groups(config)
+    for name, (lr, decay) in expected.items():
+        _, group = found[name]
+        assert (group["peak"], group["weight_decay"]) == (pytest.approx(lr), pytest.approx(decay)), name
+
+
+def test_the_base_is_the_base(small):
+    for _, group in groups(small(depth=4, width=512, optimizer="adamw")).values():
+        assert group["peak"] == 1e-3
+
+
+def test_muons_rate_is_the_same_at_every_width(small):
+    rates = [groups(small(width=width, optimizer="muon"))["blocks.0.gen.qkv.weight"][1]["peak"] for width in (64, 256)]
+    assert rates[0] == rates[1] == small().muon_lr
+
+
+def test_initial_weights_keep_the_variance(small):
+    model = MMDiT(small(depth=2, width=256))
+    for name, parameter in model.named_parameters():
+        if parameter.role in ("adaln", "output", "bias"):
+            assert (parameter == 0).all(), name
+        else:
+            assert parameter.std().item() == pytest.approx(parameter.shape[1] ** -0.5, rel=0.03), name
+
+
+def test_residual_branches_are_divided_by_the_depth(small):
+    """With the same weights in every block, as many blocks as you like move the stream by as much (CompleteP)."""
+    def moved(depth):
+        torch.manual_seed(0)
+        model = MMDiT(small(depth=depth, width=64))
+        seen = []
+        model.blocks[0].register_forward_hook(lambda block, given, out: seen.append((out[1] - given[1]).norm()))
+        with torch.no_grad():
+            for parameter in model.blocks[0].parameters():
+                parameter.copy_(0.01 + 0.01 * torch.arange(parameter.numel()).view_as(parameter).sin())
+            x = torch.ones(1, model.config.gen_frames, 80).cumsum(1).sin()
+            model(x, torch.ones(1), x[:, :model.config.ctx_frames])
+        return seen[0].item()
+
+    two, four, eight = moved(2), moved(4), moved(8)
+    assert two / four == pytest.approx(2, rel=0.3) and four / eight == pytest.approx(2, rel=0.3)
+
+
+@pytest.mark.parametrize("schedule", ["wsd", "cosine"])
+def test_the_rate_warms_up_and_ends_near_zero(schedule):
+    config = Config(steps=1000, warmup=100, lr_schedule=schedule)
+    rates = [lr_factor(config, step) for step in range(1000)]
+    assert rates[0] == pytest.approx(0.01, rel=0.01) and 0.97 < max(rates) <= 1 and 0 < rates[-1] < 0.01
+    assert all(a < b for a, b in itertools.pairwise(rates[:90]))
+    assert all(a >= b for a, b in itertools.pairwise(rates[100:]))
+
+
+def test_wsd_is_stable_until_a_linear_decay():
+    config = Config(steps=1000, warmup=10)
+    assert {lr_factor(config, step) for step in range(10, decay_start(1000))} == {1.0}
+    tail = [lr_factor(config, step) for step in range(decay_start(1000), 1000)]
+    assert all(a - b == pytest.approx(1 / len(tail)) for a, b in itertools.pairwise(tail))
+
+
+def test_wsd_runs_of_different_length_are_the_same_run_until_the_shorter_decays():
+    short, long = Config(steps=100, warmup=10), Config(steps=400, warmup=10)
+    assert all(lr_factor(short, step) == lr_factor(long, step) for step in range(decay_start(100)))
+
+
+def test_cosine_is_half_way_at_half_time():
+    assert lr_factor(Config(steps=1000, warmup=0, lr_schedule="cosine"), 500) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 10])
+@pytest.mark.parametrize("schedule", ["wsd", "cosine"])
+def test_the_shortest_runs_have_a_rate_too(steps, schedule):
+    for warmup in (0, 1, 100):
+        config = Config(steps=steps, warmup=warmup, lr_schedule=schedule)
+        assert all(0 < lr_factor(config, step) <= 1 for step in range(steps))
+        assert all(math.isfinite(lr_factor(config, step)) for step in range(steps))
