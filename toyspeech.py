@@ -1,17 +1,17 @@
 """Toy speech: invented languages, spoken by a small source-filter synthesiser. Everything in it is known.
 
 Infants find words in a stream of syllables from transitional probabilities alone (Saffran, Aslin & Newport, 1996). This
-corpus asks the same of a model: no text, no pauses between words, only sound. Each *language* has its own consonants and
-vowels (drawn from the same 24 phonemes, so they overlap), a lexicon with Zipf frequencies, and word pairs of which half
-follow Zipf and half a sharp preference. *Speakers* differ in pitch, vocal-tract length, rate and breathiness, *styles* in
-pitch range, tempo and energy. Every frame knows its phoneme and its word, every utterance its language, speaker and style.
+corpus asks the same of a model: no text, few pauses between words, only sound. Each *language* has its own consonants
+and vowels (drawn from the same 24 phonemes, so they overlap), a lexicon with Zipf frequencies, and word pairs of which
+half follow Zipf and half a sharp preference. *Speakers* differ in pitch, vocal-tract length, rate and breathiness,
+*styles* in pitch range, tempo and energy. Every frame knows its phoneme and word, every utterance the rest.
 
     toy = ToySpeech()                       # version 1 of the corpus: 2 languages, 16 words each, 3 styles, seed 0
-    utterance = toy.utterance(7)            # the seventh 20 s; the same on every call
+    utterance = toy.utterance(7)            # 20 s of speech; the same on every call
     utterance.wave, utterance.phone         # (480000,) float32 at 24 kHz; (1600,) phoneme numbers, 80 a second
 
-Formants of vowels are Peterson & Barney's averages (1952), vocal-tract scaling spans their men to their children (see also
-Hillenbrand et al., 1995), consonant formants and the source-filter recipe follow Klatt (1980).
+Vowel formants are Peterson & Barney's averages (1952), and vocal tracts span their speakers (see also Hillenbrand et
+al., 1995); consonants and the source-filter recipe follow Klatt (1980).
 """
 from dataclasses import dataclass
 
@@ -32,8 +32,8 @@ PHONEMES = {
     "p": ("stop", 400, 1100, 2150, 0, 0.5, 900, 1200, 85), "b": ("stop", 200, 1100, 2150, 0.25, 0.3, 900, 1200, 75),
     "t": ("stop", 400, 1600, 2600, 0, 0.9, 4800, 2500, 85), "d": ("stop", 200, 1600, 2600, 0.25, 0.6, 4800, 2500, 75),
     "k": ("stop", 300, 1990, 2850, 0, 0.8, 2200, 900, 90), "g": ("stop", 200, 1990, 2850, 0.25, 0.5, 2200, 900, 80),
-    "s": ("fricative", 320, 1390, 2530, 0, 0.9, 7000, 2500, 95), "z": ("fricative", 240, 1390, 2530, 0.35, 0.5, 7000, 2500, 80),
-    "ʃ": ("fricative", 300, 1840, 2750, 0, 1.0, 3200, 1600, 95), "f": ("fricative", 340, 1100, 2080, 0, 0.3, 5000, 9000, 90),
+    "s": ("noise", 320, 1390, 2530, 0, 0.9, 7000, 2500, 95), "z": ("noise", 240, 1390, 2530, 0.35, 0.5, 7000, 2500, 80),
+    "ʃ": ("noise", 300, 1840, 2750, 0, 1.0, 3200, 1600, 95), "f": ("noise", 340, 1100, 2080, 0, 0.3, 5000, 9000, 90),
     "m": ("nasal", 480, 1270, 2130, 0.4, 0, 3000, 2000, 75), "n": ("nasal", 480, 1740, 2470, 0.4, 0, 3000, 2000, 75),
     "l": ("glide", 310, 1050, 2880, 0.6, 0, 3000, 2000, 70), "ɹ": ("glide", 310, 1060, 1380, 0.7, 0, 3000, 2000, 75),
     "w": ("glide", 290, 610, 2150, 0.7, 0, 3000, 2000, 75), "j": ("glide", 260, 2070, 3020, 0.7, 0, 3000, 2000, 75),
@@ -42,40 +42,40 @@ SYMBOLS = ["_", *PHONEMES]  # phoneme numbers in the truth: 0 is silence
 VOWELS = [i for i, s in enumerate(SYMBOLS) if i and PHONEMES[s][0] == "vowel"]
 CONSONANTS = [i for i in range(1, len(SYMBOLS)) if i not in VOWELS]
 STOPS = [i for i, s in enumerate(SYMBOLS) if i and PHONEMES[s][0] == "stop"]
-TARGETS = np.array([(500, 1500, 2500, 0, 0, 3000, 2000, 0)] + [row[1:] for row in PHONEMES.values()], np.float32)  # (25, 8)
-STYLES = {"neutral": (1.0, 1.0, 1.0), "lively": (2.0, 1.15, 1.3), "calm": (0.35, 0.87, 0.7)}  # pitch range, tempo, energy
+TARGETS = np.float32([(500, 1500, 2500, 0, 0, 3000, 2000, 0)] + [row[1:] for row in PHONEMES.values()])  # (25, 8)
+STYLES = {"neutral": (1.0, 1.0, 1.0), "lively": (2.0, 1.15, 1.3), "calm": (0.35, 0.87, 0.7)}  # range, tempo, energy
 PAUSE_EVERY = 6            # a phrase ends after any word with probability 1 in so many
 
 
 @dataclass
 class Language:
-    """An invented language: its phoneme numbers, its words as tuples of them, word frequencies (V,) and word pairs (V, V)."""
-    inventory: list
-    words: list
-    frequency: np.ndarray
-    follows: np.ndarray    # follows[a, b] = P(next word is b | this word is a)
+    """An invented language."""
+    inventory: list        # phoneme numbers
+    words: list            # tuples of them, V words
+    frequency: np.ndarray  # (V,)
+    follows: np.ndarray    # (V, V): follows[a, b] = P(next word is b | this word is a)
 
 
 @dataclass
 class Utterance:
-    """Speech and its truth: `wave` (N,) float32; `phone`, `word` (N/300,) and `f0` (N/300,) Hz, 0 where unvoiced; the rest per utterance."""
-    wave: np.ndarray
-    phone: np.ndarray      # index into SYMBOLS
-    word: np.ndarray       # index into the language's words, -1 in a pause
-    f0: np.ndarray
+    """Speech and its truth."""
+    wave: np.ndarray       # (N,) float32 at 24 kHz
+    phone: np.ndarray      # (N/300,) index into SYMBOLS
+    word: np.ndarray       # (N/300,) index into the language's words, -1 in a pause
+    f0: np.ndarray         # (N/300,) Hz, 0 where unvoiced
     language: int
     style: int             # index into STYLES
     speaker: dict          # pitch (Hz), tract (formant scale), rate, breath
 
 
 class ToySpeech:
-    """The corpus. `utterance(i)` depends on the arguments here and on i alone, so any part can be made anywhere, in any order."""
+    """The corpus. `utterance(i)` depends on the arguments here and on i alone: any part can be made, in any order."""
 
     def __init__(self, languages=2, words=16, seed=0):
         if languages < 1 or words < 2:
             raise ValueError("toy speech needs at least 1 language and 2 words")
         self.seed = seed
-        self.languages = [self._invent(np.random.default_rng((VERSION, seed, number)), words) for number in range(languages)]
+        self.languages = [self._invent(np.random.default_rng((VERSION, seed, i)), words) for i in range(languages)]
 
     @staticmethod
     def _invent(rng, count):
@@ -96,7 +96,7 @@ class ToySpeech:
         return Language(sorted(map(int, [*vowels, *consonants])), words, frequency, 0.5 * frequency + 0.5 * preferred)
 
     def utterance(self, index, seconds=20.0, language=None, style=None, speaker=None):
-        """Speak utterance number `index`; what is not given is drawn. Returns an Utterance of `seconds` (whole frames)."""
+        """Speak utterance number `index`, drawing what is not given -> Utterance of `seconds`, in whole frames."""
         rng = np.random.default_rng((VERSION, self.seed, 1, index))
         drawn = self.draw_speaker(rng), int(rng.integers(len(self.languages))), int(rng.integers(len(STYLES)))
         speaker, language, style = (d if g is None else g for d, g in zip(drawn, (speaker, language, style)))
@@ -123,17 +123,18 @@ class ToySpeech:
 
     @staticmethod
     def _say(rng, language, steps, rate):
-        """Walk the word chain until `steps` are filled: phones, words and lengths (in steps) of the segments, each (S,)."""
-        phones, words, lengths, word = [0], [-1], [int(rng.integers(8, 32))], None
-        while sum(lengths) < steps:
-            odds = language.frequency if word is None else language.follows[word]
+        """Walk the word chain until `steps` are filled: phone, word and length (in steps) of each segment, (S,)."""
+        segments, filled, odds = [(0, -1, int(rng.integers(8, 32)))], 0, language.frequency
+        while filled < steps:
             word = int(rng.choice(len(odds), p=odds))
+            odds = language.follows[word]
             for phone in language.words[word]:
                 milliseconds = TARGETS[phone, 7] / rate * rng.uniform(0.85, 1.2)
-                phones.append(phone), words.append(word), lengths.append(max(4, round(milliseconds * RATE / 1000 / STEP)))
+                segments.append((phone, word, max(4, round(milliseconds * RATE / 1000 / STEP))))
             if rng.random() < 1 / PAUSE_EVERY:
-                phones.append(0), words.append(-1), lengths.append(int(rng.integers(24, 64)))
-        return np.array(phones), np.array(words), np.array(lengths)
+                segments.append((0, -1, int(rng.integers(24, 64))))
+            filled = sum(length for *_, length in segments)
+        return np.array(segments).T
 
     def entropy_per_phone(self, language=0):
         """Bits of grammar per phone: the entropy rate of the word chain over the mean word length, pauses left out."""
@@ -150,7 +151,7 @@ class ToySpeech:
         return share
 
     def ngrams(self, n, language=0):
-        """The exact distribution {n phones: probability} of the grammar, pauses left out: what infinitely much speech would give."""
+        """The grammar's exact distribution {n phones: probability}, pauses left out: what endless speech would give."""
         lang, table = self.languages[language], {}
 
         def extend(phones, word, odds):  # grow a stretch of speech word by word until n phones are certain
@@ -175,7 +176,7 @@ def smooth(track, width):
 
 
 def articulate(phones, which, ends, lengths, speaker):
-    """Targets of each segment to smooth tracks (steps, 7): F1 F2 F3, voicing, noise level, noise centre, noise bandwidth."""
+    """Segments to smooth tracks (steps, 7): F1 F2 F3, voicing, noise level, noise centre, noise bandwidth."""
     targets = TARGETS[phones[which], :7].copy()
     stop = np.isin(phones[which], STOPS)
     left = ends[which] - np.arange(len(which))          # steps until the segment ends
@@ -190,7 +191,7 @@ def articulate(phones, which, ends, lengths, speaker):
 
 
 def intonate(rng, words, pitch, spread):
-    """The melody (steps,) in Hz: a hump on each word, slow drift, and a fall towards each pause, scaled by the style's `spread`."""
+    """The melody (steps,) in Hz: an accent on each word and a fall towards each pause, scaled by `spread`."""
     change = np.flatnonzero(np.diff(words, prepend=-2))
     accent = rng.uniform(-1, 1, len(change))
     accent[words[change] < 0] = -1.2
@@ -199,23 +200,23 @@ def intonate(rng, words, pitch, spread):
 
 
 def vocalise(rng, tracks, f0, speaker):
-    """Source and filter: pulses and noise (N,), their spectra shaped step by step by the formants, one inverse STFT. Returns (N,) float32."""
+    """Source and filter -> (N,) float32: pulses and noise, shaped step by step by the formants; one inverse STFT."""
     count = len(f0) * STEP
     pitch = np.interp(np.arange(count), np.arange(len(f0)) * STEP, f0)
     cycle = np.cumsum(pitch / RATE)
     at = np.flatnonzero(np.diff(np.floor(cycle), prepend=0) > 0)
-    early = ((cycle[at] % 1) / (pitch[at] / RATE)).astype(np.float32)  # how long before this sample the pulse fell: no whole-sample jitter
+    early = ((cycle[at] % 1) / (pitch[at] / RATE)).astype(np.float32)  # a pulse falls between two samples
     pulses = np.zeros(count, np.float32)
     strength = np.sqrt(RATE / pitch[at]).astype(np.float32)  # equal power at every pitch
     pulses[at] += strength * (1 - early)
     pulses[at - 1] += strength * early
     noise = rng.standard_normal(count, dtype=np.float32)
     voice = np.ones((len(f0), len(BINS)), np.float32)
-    tract = np.append(np.float32([3500, 4500, 5500]) * speaker["tract"], [])
+    tract = [3500 * speaker["tract"], 4500 * speaker["tract"], 5500 * speaker["tract"]]
     fixed = np.prod([resonance(BINS, f, 0.06 * f) for f in tract], axis=0).astype(np.float32)
     for formant, bandwidth in enumerate((70, 90, 140)):
         voice *= resonance(BINS, tracks[:, formant:formant + 1], np.float32(bandwidth))
-    voice *= fixed / (1 + (BINS / 900) ** 2) ** 0.25  # lips and glottis together fall a little faster than the tract alone
+    voice *= fixed / (1 + (BINS / 900) ** 2) ** 0.25  # lips and glottis together fall off a little
     voice *= tracks[:, 3:4]
     hiss = 0.35 * tracks[:, 4:5] / (1 + ((BINS - tracks[:, 5:6]) / (0.5 * tracks[:, 6:7])) ** 2)
     spectrum = analyse(pulses) * voice + analyse(noise) * (speaker["breath"] * 0.3 * voice + hiss)
@@ -234,7 +235,7 @@ def analyse(wave):
 
 
 def synthesise(spectrum, count):
-    """Inverse of `analyse` by overlap-add -> (count,) float32."""
+    """Inverse of `analyse`, but for the first and last 150 samples, by overlap-add -> (count,) float32."""
     frames = (np.fft.irfft(spectrum, WINDOW) * HANN).reshape(len(spectrum), WINDOW // STEP, STEP)
     out = np.zeros((len(spectrum) + WINDOW // STEP, STEP), np.float32)
     for part in range(WINDOW // STEP):
