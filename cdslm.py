@@ -177,6 +177,7 @@ class Config:
 
 RATE, HOP, WINDOW, FFT, MELS, FLOOR = 24_000, 300, 1200, 2048, 80, 1e-5
 FRAME_RATE = RATE // HOP
+DECODER_FFT = WINDOW       # the decoder's own STFT: not padded with zeros, so that every bin tells something new
 AUDIO_FILES = set(".wav .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .au .caf .w64 .rf64 .sph".split())
 
 
@@ -257,13 +258,58 @@ def save_audio(path, wave):
         soundfile.write(temporary, wave / max(1.0, np.abs(wave).max(initial=0)), RATE, format="WAV", subtype="PCM_16")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Autoencoder. Samples <-> frames. With latent_dim = 0 (the paper) the encoder is the log-mel itself and only the decoder is
-# learned; with latent_dim = 16, say, a variational bottleneck is learned between, and the diffusion model works on that.
-# The decoder is Vocos's idea (Siuzdak, 2023): ConvNeXt blocks at the frame rate, magnitude and phase, one inverse STFT.
+def unmel(mel, iterations=3):
+    """(B, T, 80) log-mel -> (B, 601, T) magnitudes, none negative, with that mel (Richardson, 1972; Lucy, 1974)."""
+    bank, mel = mel_bank(DECODER_FFT).to(mel.device), mel.exp().mT          # (80, 601), (B, 80, T)
+    spread = bank.T / bank.sum(0)[:, None].clamp(min=1e-8)
+    magnitude = (spread @ (mel / bank.sum(1)[:, None])).clamp(min=1e-7)
+    for _ in range(iterations):
+        magnitude = (magnitude * (spread @ (mel / (bank @ magnitude)))).clamp(min=1e-7)
+    return magnitude
 
-DECODER_FFT = WINDOW       # the decoder's own STFT: no zero padding, so every bin carries information
 
+@torch.no_grad()
+def pitch(magnitude, low=60, high=420):
+    """(B, 601, T) magnitudes -> (B, T) pitch in Hz and (B, T) how periodic, at most 1: the peak of the autocorrelation,
+    the Fourier transform of the spectrum; here below 5 kHz, and compressed, so that no formant drowns the others."""
+    band = F.pad(magnitude[:, 2:5000 * DECODER_FFT // RATE] ** 0.7, (0, 0, 2, 0))
+    echo = torch.fft.irfft(band, 2 * DECODER_FFT, dim=1)                    # (B, lag in half samples, T)
+    voiced, lag = (echo[:, 2 * RATE // high:2 * RATE // low] / echo[:, :1].clamp(min=1e-9)).max(1)
+    hertz = 2 * RATE / (lag + 2 * RATE // high)
+    return F.pad(hertz, (2, 2), mode="replicate").unfold(1, 5, 1).median(-1).values, voiced  # no octave jumps
+
+
+def pulses(hertz, start, turns):
+    """(B, T) pitch -> (B, 300 T) pulses, with harmonics up to 12 kHz, and their phase: `turns` at frame `start`."""
+    hertz = F.interpolate(hertz[:, None], scale_factor=HOP, mode="linear")[:, 0]
+    phase = F.pad((hertz.double() / RATE).cumsum(1), (1, 0))
+    phase = (phase[:, 1:] - phase[:, start * HOP, None] + turns) % 1                # double: a long hum must not drift
+    count = RATE / 2 / hertz                                                # of harmonics
+    return count.sqrt() * torch.exp(count ** 2 / 4 * (torch.cos(2 * math.pi * phase.float()) - 1)), phase
+
+
+def istft(spectrum):
+    """(B, 601, T) complex -> (B, 300 T) samples; inverse of `stft(wave, DECODER_FFT)`."""
+    window = torch.hann_window(WINDOW, device=spectrum.device)
+    return torch.istft(spectrum, DECODER_FFT, HOP, WINDOW, window, center=True, length=HOP * spectrum.shape[-1])
+
+
+def griffin_lim(magnitude, iterations, phase, momentum=0.99):
+    """(B, 601, T) magnitudes, phases (complex, length 1) -> spectrum with consistent ones (Perraudin et al., 2013)."""
+    before = 0.0
+    for _ in range(iterations):
+        after = stft(istft(magnitude * phase), DECODER_FFT)
+        phase, before = (after - before * momentum / (1 + momentum)).sgn(), after
+    return magnitude * phase
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Autoencoder. Samples <-> frames. With latent_dim = 0 (the paper) the encoder is the log-mel, only the decoder is
+# learned; with latent_dim = 16, say, a variational bottleneck is learned between, and diffusion works on that. The
+# decoder follows Vocos (Siuzdak, 2023): ConvNeXt blocks at the frame rate, magnitude and phase, one inverse STFT. But
+# frames hold no phase, and a minute is too short to learn one. So the network shapes a source, as a vocal tract does
+# (Dudley, 1939): a hum at the pitch heard in the frames, and a hiss. For each bin it says how loud, how harmonic, and
+# how much of it hums. Two Griffin-Lim steps then make neighbours agree.
 
 class ConvNeXt(nn.Module):
     """(B, C, T) -> (B, C, T): depthwise convolution over time, then an MLP over channels (Liu et al., 2022)."""
@@ -280,27 +326,27 @@ class ConvNeXt(nn.Module):
         return x + (self.scale * self.down(F.gelu(self.up(h)))).mT
 
 
+def convnext(before, after, width=128, blocks=3):
+    """A network (B, before, T) -> (B, after, T)."""
+    middle = [ConvNeXt(width, 1 / blocks) for _ in range(blocks)]
+    return nn.Sequential(nn.Conv1d(before, width, 7, padding=3), *middle, nn.Conv1d(width, after, 1))
+
+
 class AudioAutoencoder(nn.Module):
-    """`encode(wave (B, N)) -> frames (B, T, C)` and `decode(frames) -> wave (B, 300 T)`; frames have mean 0, deviation 1.
+    """`encode(wave (B, N)) -> frames (B, T, C)`, `decode(frames) -> wave (B, 300 T)`; frames have mean 0, deviation 1:
+    one of each for all bands, since statistics per band explode where a band is dead (as in 8 kHz recordings)."""
 
-    One mean and one standard deviation serve all bands: statistics per band explode where a band is dead (8 kHz recordings have
-    nothing above 4 kHz). They are buffers, set from the training set by `fit_autoencoder`."""
-
-    def __init__(self, latent_dim=0, decoder="neural", width=256, blocks=6):
+    def __init__(self, latent_dim=0, decoder="neural"):
         super().__init__()
         self.latent_dim, self.decoder, self.channels = latent_dim, decoder, latent_dim or MELS
         self.register_buffer("mel_stats", torch.tensor([-6.0, 3.0]))        # mean, standard deviation
         self.register_buffer("latent_stats", torch.tensor([0.0, 1.0]))
-        bank = mel_bank(DECODER_FFT)
-        self.register_buffer("unmel", torch.linalg.pinv(bank), persistent=False)        # (601, 80)
         if latent_dim:
-            self.encoder = nn.Sequential(nn.Conv1d(MELS, 128, 3, padding=1), nn.GELU(), ConvNeXt(128, 0.5), nn.Conv1d(128, 2 * latent_dim, 1))
-            self.unlatent = nn.Sequential(nn.Conv1d(latent_dim, 128, 3, padding=1), nn.GELU(), ConvNeXt(128, 0.5), nn.Conv1d(128, MELS, 1))
+            self.encoder, self.unlatent = convnext(MELS, 2 * latent_dim, blocks=2), convnext(latent_dim, MELS, blocks=2)
         if decoder == "neural":
-            self.enter = nn.Conv1d(MELS, width, 7, padding=3)
-            self.blocks = nn.Sequential(*[ConvNeXt(width, 1 / blocks) for _ in range(blocks)])
-            self.leave = nn.Linear(width, 2 * (DECODER_FFT // 2 + 1))
-            nn.init.zeros_(self.leave.weight[:DECODER_FFT // 2 + 1])         # magnitudes start at the mel bank's pseudo-inverse
+            self.shape = convnext(MELS + 2, 3 * (DECODER_FFT // 2 + 1))
+            for parameter in self.shape[-1].parameters():                   # begins as a vocoder that knows nothing
+                nn.init.zeros_(parameter)
 
     def encode(self, wave):
         """(B, N) samples at 24 kHz -> (B, T, C) frames, T = ceil(N/300)."""
@@ -311,11 +357,7 @@ class AudioAutoencoder(nn.Module):
         mel = (mel - self.mel_stats[0]) / self.mel_stats[1]
         if not self.latent_dim:
             return mel
-        return (self.posterior(mel)[0] - self.latent_stats[0]) / self.latent_stats[1]
-
-    def posterior(self, mel):
-        """(B, T, 80) normalised log-mel -> mean and log-variance of the latents, each (B, T, latent_dim)."""
-        return self.encoder(mel.mT).mT.chunk(2, dim=-1)
+        return (self.encoder(mel.mT).mT[..., :self.latent_dim] - self.latent_stats[0]) / self.latent_stats[1]
 
     def to_mel(self, frames):
         """(B, T, C) frames -> (B, T, 80) normalised log-mel."""
@@ -323,95 +365,87 @@ class AudioAutoencoder(nn.Module):
             return frames
         return self.unlatent((frames * self.latent_stats[1] + self.latent_stats[0]).mT).mT
 
-    def spectrum(self, mel):
-        """(B, T, 80) normalised log-mel -> (B, 601, T) complex spectrum of the wave."""
-        magnitude = torch.einsum("btm,fm->bft", (mel * self.mel_stats[1] + self.mel_stats[0]).exp(), self.unmel).clamp(min=1e-5)
+    def spectrum(self, mel, noise, start=0, turns=0, dtype=torch.float32):
+        """(B, T, 80) normalised log-mel, (1, 300 T) noise -> (B, 601, T) complex, and the hum's phase (B, 300 T),
+        which is `turns` at frame `start`."""
+        magnitude, hiss = unmel(mel * self.mel_stats[1] + self.mel_stats[0]), stft(noise, DECODER_FFT)
         if self.decoder == "griffinlim":
-            return griffin_lim(magnitude, 32)
-        h = self.blocks(self.enter(mel.mT)).mT
-        gain, phase = self.leave(h).float().mT.chunk(2, dim=1)              # (B, 601, T) each
-        return torch.polar(magnitude * gain.clamp(-8, 4).exp(), phase)
+            return griffin_lim(magnitude, 32, hiss.sgn()), noise
+        hertz, voiced = pitch(magnitude)                                    # (B, T) each
+        hum, phase = pulses(hertz, start, turns)
+        hum = stft(hum, DECODER_FFT)
+        ripple = hum.abs().clamp(min=1).log() - 3.5                         # large at a harmonic, small between two
+        heard = torch.cat([mel, (hertz / 150).log()[..., None], voiced[..., None]], dim=-1)
+        with torch.autocast(mel.device.type, dtype, enabled=dtype != torch.float32):
+            loud, comb, hums = self.shape(heard.mT).float().chunk(3, dim=1)  # (B, 601, T) each
+        magnitude = magnitude * (loud + comb * ripple).clamp(-8, 3).exp()
+        source = hum * (hums + 8 * voiced[:, None] - 3).clamp(-8, 8).exp() + hiss
+        return griffin_lim(magnitude, 2, source.sgn()), phase
 
     def decode(self, frames, piece=1600, margin=48):
-        """(B, T, C) frames -> (B, 300 T) samples. Long input is decoded in pieces with `margin` frames of context on either side."""
-        if frames.ndim != 3 or frames.shape[2] != self.channels or not frames.shape[1]:
-            raise UserError(f"decode takes frames (B, T, {self.channels}) with T > 0, not {tuple(frames.shape)}")
-        if not torch.isfinite(frames).all():
-            raise UserError("decode was given frames with NaN or infinite values")
-        waves = []
-        for start in range(0, frames.shape[1], piece):
-            first, last = max(0, start - margin), min(frames.shape[1], start + piece + margin)
-            wave = istft(self.spectrum(self.to_mel(frames[:, first:last])))
-            waves.append(wave[:, (start - first) * HOP:(min(start + piece, frames.shape[1]) - first) * HOP])
+        """(B, T, C) frames -> (B, 300 T) samples, in pieces that overlap by `margin` frames: memory stays bounded."""
+        fits = frames.ndim == 3 and frames.shape[1] and frames.shape[2] == self.channels
+        if not fits or not torch.isfinite(frames).all():
+            wrong = "NaN or infinite values" if fits else tuple(frames.shape)
+            raise UserError(f"decode takes finite frames (B, T, {self.channels}) with T > 0, not {wrong}")
+        length, waves, turns = frames.shape[1], [], 0
+        noise = torch.randn(1, HOP * length, generator=torch.Generator().manual_seed(0)).to(frames.device)
+        for start in range(0, length, piece):
+            stop, first, last = min(start + piece, length), max(0, start - margin), min(start + piece + margin, length)
+            mel = self.to_mel(frames[:, first:last])
+            spectrum, phase = self.spectrum(mel, noise[:, first * HOP:last * HOP], start - first, turns)
+            turns = phase[:, (stop - first) * HOP - 1, None]                # the next piece hums on from here
+            waves.append(istft(spectrum)[:, (start - first) * HOP:(stop - first) * HOP])
         return torch.cat(waves, dim=1)
 
-    def loss(self, wave, kl_weight=1e-2):
-        """Reconstruction loss of (B, N) samples: STFT magnitudes at three resolutions and log-mel; with latents, the bottleneck's too."""
-        with torch.no_grad():
-            target = log_mel(wave)
-            mel = heard = (target - self.mel_stats[0]) / self.mel_stats[1]
-        extra = 0.0
+    def loss(self, wave, dtype=torch.float32, kl_weight=1e-2, blur=0.1):
+        """Of (B, N) samples: the bottleneck's; then log-mel and STFT magnitudes at three resolutions, as decoded."""
+        total, target = 0.0, log_mel(wave)
+        mel = (target - self.mel_stats[0]) / self.mel_stats[1]
         if self.latent_dim:
-            mean, logvar = self.posterior(mel)
-            heard = self.unlatent((mean + torch.randn_like(mean) * (0.5 * logvar).exp()).mT).mT
-            kl = 0.5 * (mean ** 2 + logvar.exp() - 1 - logvar).mean()
-            extra = F.l1_loss(heard, mel) * 5 + kl_weight * kl
-            heard = heard.detach()                                          # the decoder hears what it will be given
-        guess = istft(self.spectrum(heard))
-        total = extra + 5 * F.l1_loss(log_mel(guess), target)
-        for fft in (512, 1024, 2048):
-            a, b = stft(guess, fft, fft // 4, fft).abs(), stft(wave, fft, fft // 4, fft).abs()
-            total = total + (a - b).norm() / b.norm().clamp(min=1e-3) + F.l1_loss((a + 1e-4).log(), (b + 1e-4).log())
+            mean, logvar = self.encoder(mel.mT).mT.chunk(2, dim=-1)
+            again = self.unlatent((mean + torch.randn_like(mean) * (0.5 * logvar).exp()).mT).mT
+            total = 5 * F.l1_loss(again, mel) + kl_weight * 0.5 * (mean ** 2 + logvar.exp() - 1 - logvar).mean()
+            mel = again.detach()
+        if self.decoder == "neural":
+            mel = mel + blur * torch.rand_like(mel[:, :1, :1]) * torch.randn_like(mel)  # generated frames aren't clean
+            guess = istft(self.spectrum(mel, torch.randn_like(wave[:1]), dtype=dtype)[0])
+            total = total + 5 * F.l1_loss(log_mel(guess), target)
+            for fft in (512, 1024, 2048):
+                a, b = (stft(x, fft, fft // 4, fft).abs() for x in (guess, wave))
+                total = total + 3 * (a - b).norm() / b.norm().clamp(min=1e-3)
+                total = total + F.l1_loss((a + 1e-4).log(), (b + 1e-4).log())
         return total
 
 
-def istft(spectrum):
-    """(B, 601, T) complex -> (B, 300 T) samples; inverse of `stft(wave, DECODER_FFT)`."""
-    window = torch.hann_window(WINDOW, device=spectrum.device)
-    return torch.istft(spectrum, DECODER_FFT, HOP, WINDOW, window, center=True, length=HOP * spectrum.shape[-1])
-
-
-def griffin_lim(magnitude, iterations, phase=None, momentum=0.99):
-    """(B, 601, T) magnitudes -> complex spectrum with a phase consistent with them (Perraudin et al., 2013, the fast variant)."""
-    angles = phase if phase is not None else torch.polar(torch.ones_like(magnitude), 6.2832 * torch.rand(
-        magnitude.shape, generator=torch.Generator().manual_seed(0)).to(magnitude.device))
-    previous = 0.0
-    for _ in range(iterations):
-        rebuilt = stft(istft(magnitude * angles), DECODER_FFT)
-        angles = rebuilt - previous * momentum / (1 + momentum)
-        angles, previous = angles / angles.abs().clamp(min=1e-8), rebuilt
-    return magnitude * angles
-
-
 def fit_autoencoder(config, corpus, device):
-    """Set the frame statistics and train the decoder (and the bottleneck) for `decoder_steps`; deterministic on one machine."""
+    """Set the frame statistics and train the decoder (and the bottleneck) for `decoder_steps`; deterministic."""
     torch.manual_seed(config.seed)
     model = AudioAutoencoder(config.latent_dim, config.decoder)
     model.mel_stats.copy_(torch.tensor(corpus.mel_stats()[:2]))
-    model = model.to(device)
-    steps = config.decoder_steps if config.decoder == "neural" or config.latent_dim else 0
-    optimizer = torch.optim.AdamW([p for p in model.parameters()] or [torch.zeros(1)], lr=1e-3, betas=(0.8, 0.99), weight_decay=0.01)
-    bar = tqdm(range(steps), desc="autoencoder", unit="step", disable=not steps)
-    for step in bar:
-        wave = corpus.windows("audio", "train", [keyed(config.seed, "autoencoder", step * 16 + i) for i in range(16)], 48)
-        loss = model.loss(torch.from_numpy(wave).to(device))
-        optimizer.param_groups[0]["lr"] = 1e-3 * min(1, (step + 1) / 20) * (0.02 + 0.98 * math.cos(math.pi / 2 * step / steps) ** 2)
+    model, dtype, steps = model.to(device), decide(config)[1], config.decoder_steps
+    if config.decoder == "griffinlim" and not config.latent_dim:
+        return model.eval()                                                 # nothing to learn
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.8, 0.99), weight_decay=0.01)
+    for step in tqdm(range(steps), desc="autoencoder", unit="step"):
+        keys = [keyed(config.seed, "autoencoder", step * 16 + i) for i in range(16)]
+        loss = model.loss(torch.from_numpy(corpus.windows("audio", "train", keys, 48)).to(device), dtype)
+        decay = 0.02 + 0.98 * math.cos(math.pi / 2 * step / steps) ** 2
+        optimizer.param_groups[0]["lr"] = 4e-3 * min(1, (step + 1) / 20) * decay
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 10)
         optimizer.step()
-        if step % 10 == 0:
-            bar.set_postfix(loss=f"{loss.item():.2f}")
-    if config.latent_dim:
-        with torch.no_grad():
-            mel = corpus.windows("mel", "train", [keyed(config.seed, "latents", i) for i in range(64)], 160)
-            latents = model.from_mel(torch.from_numpy(mel).to(device))
+    model.eval().requires_grad_(False)
+    if config.latent_dim:                                                   # diffusion expects deviation 1
+        keys = [keyed(config.seed, "latents", i) for i in range(256)]
+        latents = model.from_mel(torch.from_numpy(corpus.windows("mel", "train", keys, 48)).to(device))
         model.latent_stats.copy_(torch.stack([latents.mean(), latents.std()]))
-    return model.eval().requires_grad_(False)
+    return model
 
 
 def open_autoencoder(config, corpus, device):
-    """The run's autoencoder, trained now if it isn't there yet. Beside it are kept a few held-out windows to listen to."""
+    """The run's autoencoder, trained now if it isn't there yet; kept beside it are a few held-out windows to hear."""
     path = Path(config.out) / "autoencoder.pt"
     if not path.exists():
         model = fit_autoencoder(config, corpus, device)
@@ -1185,7 +1219,7 @@ def forecast(config, device, dtype):
     ctx, x0 = (torch.randn(micro, n, config.channels, device=device) for n in (config.ctx_frames, config.gen_frames))
 
     def decoder_step():
-        autoencoder.loss(wave).backward()
+        autoencoder.loss(wave, dtype).backward()
 
     def training_step():
         for _ in range(config.batch_size // micro):
@@ -1196,7 +1230,7 @@ def forecast(config, device, dtype):
             optimizer.step()
 
     fastest = []
-    for step in [decoder_step] * (config.decoder == "neural") + [training_step]:
+    for step in [decoder_step] * (config.decoder == "neural" or config.latent_dim > 0) + [training_step]:
         times = [time.perf_counter()]
         for _ in range(4):
             step()
