@@ -1,0 +1,145 @@
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+import cdslm
+import sample as speak
+from cdslm import FRAME_RATE, HOP, RATE, UserError, load_audio
+from tests.conftest import command, speech_like
+
+
+@pytest.fixture
+def say(trained, monkeypatch, tmp_path, capsys):
+    """say("--num", 2, ...): run sample.py on the shared run -> (the file asked for, what it said)."""
+    def run(*words, out="x.wav", run=trained[0]):
+        words = [str(run), "--out", str(tmp_path / out), "--steps", "2", *map(str, words)]
+        monkeypatch.setattr("sys.argv", ["sample.py", *words])
+        capsys.readouterr()
+        speak.main()
+        return tmp_path / out, capsys.readouterr().out
+    return run
+
+
+@pytest.fixture
+def recording(tmp_path):
+    def make(name="me.flac", seconds=2.0, rate=16_000, wave=None):
+        soundfile.write(tmp_path / name, speech_like(seconds, rate) if wave is None else wave, rate)
+        return tmp_path / name
+    return make
+
+
+def seconds(path):
+    return soundfile.info(path).frames / RATE
+
+
+def test_a_recording_is_continued(say, recording):
+    path, said = say("--prompt", recording(seconds=2.0), "--seconds", 1.5, "--cfg", 2, "--seed", 3)
+    assert soundfile.info(path).samplerate == RATE and seconds(path) == pytest.approx(3.5, abs=0.02)
+    assert "padded" not in said and "silen" not in said and "x.wav" in said
+
+
+def test_the_recording_itself_comes_first(say, recording):
+    prompt = recording(seconds=2.0)
+    path, _ = say("--prompt", prompt)
+    given, got = load_audio(prompt), load_audio(path)
+    loudness = [w[:2 * RATE].unflatten(0, (-1, 1200)).square().mean(1).sqrt() for w in (given, got)]
+    assert torch.corrcoef(torch.stack(loudness))[0, 1] > 0.9
+
+
+def test_without_a_prompt_held_out_contexts_are_continued(say, tmp_path):
+    say()
+    files = sorted(tmp_path.glob("x-*.wav"))
+    assert len(files) == 4 and all(seconds(file) == pytest.approx(1.2) for file in files)
+    assert len({file.read_bytes() for file in files}) == 4
+
+
+def test_several_are_made_in_one_batch(say, recording, tmp_path, monkeypatch):
+    batches, sample = [], speak.sample
+
+    def counted(model, context, *rest, **options):
+        batches.append(len(context))
+        return sample(model, context, *rest, **options)
+
+    monkeypatch.setattr(speak, "sample", counted)
+    say("--prompt", recording(), "--num", 3)
+    files = sorted(tmp_path.glob("x-*.wav"))
+    assert batches == [3] and len({file.read_bytes() for file in files}) == 3
+
+
+@pytest.mark.parametrize("sampler", ["dpm", "ddim"])
+def test_the_same_command_makes_the_same_file(say, recording, sampler):
+    files = [say("--prompt", recording(), "--sampler", sampler, "--seed", seed, out=f"{i}.wav")[0].read_bytes()
+             for i, seed in enumerate((3, 3, 4))]
+    assert files[0] == files[1] != files[2]
+
+
+def test_beyond_a_window_it_goes_on(say):
+    path, _ = say("--prompt", "none", "--seconds", 4.1)
+    assert seconds(path) == pytest.approx(0.4 + 4.1, abs=0.02)
+
+
+def test_from_silence(say):
+    path, _ = say("--prompt", "none")
+    assert np.isfinite(soundfile.read(path)[0]).all() and seconds(path) == pytest.approx(1.2)
+
+
+def test_a_short_prompt_is_padded_with_silence_in_front_with_a_notice(say, recording):
+    path, said = say("--prompt", recording(seconds=0.1))
+    assert "padded" in said and seconds(path) == pytest.approx(1.2, abs=0.02)
+    begin = load_audio(path)[:RATE // 5]
+    assert begin.square().mean().sqrt() < 0.01
+
+
+def test_a_silent_prompt_is_silence_with_a_notice(say, recording):
+    silent, said = say("--prompt", recording(wave=np.zeros(32_000)), out="a.wav")
+    assert "silen" in said
+    assert silent.read_bytes() == say("--prompt", "none", out="b.wav")[0].read_bytes()
+
+
+def test_it_works_when_the_training_data_is_gone(trained, say, monkeypatch):
+    monkeypatch.setattr(cdslm, "open_corpus", lambda _: pytest.fail("looked for the data"))
+    monkeypatch.setenv("CDSLM_CACHE", "/nowhere")
+    say()
+
+
+@pytest.mark.parametrize("words", [
+    ["--seconds", "0"], ["--seconds", "-1"], ["--seconds", "nan"], ["--seconds", "inf"], ["--num", "0"],
+    ["--steps", "0"], ["--cfg", "nan"], ["--sampler", "euler"], ["--seed", "-1"], ["--prompt", "/no/such/file.wav"],
+    ["--prompt", __file__], ["--device", "tpu9"], ["--what"]])
+def test_a_mistake_is_a_users_error_of_one_line(say, words):
+    with pytest.raises(UserError) as error:
+        say(*words)
+    assert "\n" not in str(error.value)
+
+
+def test_a_mistake_writes_nothing(say, tmp_path):
+    with pytest.raises(UserError):
+        say("--prompt", __file__)
+    assert not list(tmp_path.glob("x*"))
+
+
+def test_a_file_in_a_folder_that_is_not_there_is_a_users_error(say):
+    with pytest.raises(UserError, match="--out"):
+        say(out="missing/x.wav")
+
+
+def test_a_missing_run_is_a_users_error(say, tmp_path):
+    with pytest.raises(UserError, match="no run there"):
+        say(run=tmp_path / "nowhere")
+
+
+def test_a_prompt_that_is_not_audio_is_one_line_and_status_2(trained):
+    done = command("sample.py", trained[0], "--prompt", __file__)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_no_seam_between_windows(say):
+    """Decoded as one: where a window ends nothing jumps more than elsewhere."""
+    path, _ = say("--prompt", "none", "--seconds", 6)
+    wave = load_audio(path)
+    jump = wave.diff().abs()
+    seams = [round((0.4 + 0.8 * i) * FRAME_RATE) * HOP for i in range(1, 7)]
+    assert max(jump[at - 30:at + 30].max() for at in seams) <= jump[RATE // 2:].max()
+    typical = jump[RATE // 2:].unfold(0, 60, 60).amax(1).quantile(0.98)
+    assert sum(bool(jump[at - 30:at + 30].max() > typical) for at in seams) <= 2

@@ -1,0 +1,317 @@
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import cdslm
+from cdslm import Trainer, UserError, load, open_autoencoder, open_corpus, train
+from tests.conftest import ROOT, SMALL, command, flags, speech_like
+
+REAL = ROOT.parent / "shared/data/fsdd"
+
+
+@pytest.fixture
+def trainer(small, cache):
+    """trainer(...): a Trainer on toy speech, nothing trained yet."""
+    def make(**changes):
+        config = small(**changes)
+        os.makedirs(config.out, exist_ok=True)
+        corpus = open_corpus(config)
+        autoencoder = open_autoencoder(config, corpus, torch.device("cpu"))
+        return Trainer(config, corpus, autoencoder, torch.device("cpu"), torch.float32)
+    return make
+
+
+def weights(trainer):
+    return torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
+
+
+def log(folder):
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in ("frames/s", "seconds")} for row in rows]
+
+
+def same(one, other):
+    """Every tensor and number of two checkpoints, bit for bit."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+def assert_same_run(folder, other):
+    assert same(load(folder / "checkpoint.pt"), load(other / "checkpoint.pt"))
+    assert log(folder) == log(other)
+
+
+@pytest.fixture
+def straight(mute, small, tmp_path):
+    """The folder of a run of 10 steps in one go, evaluated in the middle."""
+    train(small(out=str(tmp_path / "straight"), steps=10, eval_every=5, self_condition=0.5))
+    return tmp_path / "straight"
+
+
+def test_10_steps_are_5_an_interruption_and_5(straight, small, tmp_path, monkeypatch):
+    """Ctrl-C or SIGTERM: the step is finished, saved, and the same command goes on."""
+    config, step = small(steps=10, eval_every=5, self_condition=0.5), Trainer.step
+
+    def interrupted(trainer):
+        if trainer.done == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(trainer)
+
+    monkeypatch.setattr(Trainer, "step", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        train(config)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    del stopped                                                                # its traceback holds the run's lock
+    assert load(tmp_path / "run/checkpoint.pt")["step"] == 5
+    monkeypatch.setattr(Trainer, "step", step)
+    train(config)
+    assert_same_run(tmp_path / "run", straight)
+
+
+def test_10_steps_are_5_a_kill_and_5(straight, small, tmp_path):
+    """SIGKILL two steps after a checkpoint: they are done again."""
+    config = small(steps=10, eval_every=5, self_condition=0.5)
+    killed = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import cdslm
+step = cdslm.Trainer.step
+def stepped(trainer):
+    if trainer.done == 7:
+        os.kill(os.getpid(), 9)
+    return step(trainer)
+cdslm.Trainer.step = stepped
+cdslm.train(cdslm.Config(**{vars(config)!r}))
+"""
+    done = subprocess.run([sys.executable, "-c", killed], capture_output=True, timeout=200)
+    assert done.returncode == -9, done.stderr
+    assert load(tmp_path / "run/checkpoint.pt")["step"] == 5
+    train(config)
+    assert_same_run(tmp_path / "run", straight)
+
+
+def test_a_longer_run_goes_on_and_equals_the_run_made_in_one_go(mute, small, tmp_path):
+    for steps in (4, 12):
+        train(small(steps=steps))
+    train(small(steps=12, out=str(tmp_path / "whole")))
+    assert same(load(tmp_path / "run/checkpoint.pt"), load(tmp_path / "whole/checkpoint.pt"))
+    rows, whole = ([row["loss"] for row in log(tmp_path / name)] for name in ("run", "whole"))
+    assert rows == whole and len(rows) == 12
+
+
+def test_a_shorter_run_than_was_made_is_a_users_error(mute, small):
+    train(small(steps=6))
+    with pytest.raises(UserError, match="--steps"):
+        train(small(steps=3))
+
+
+def test_a_finished_run_is_not_trained_again(mute, small, monkeypatch):
+    train(small())
+    monkeypatch.setattr(Trainer, "step", lambda _: pytest.fail("trained again"))
+    train(small())
+
+
+def test_a_damaged_checkpoint_costs_its_steps_only(mute, small, straight, tmp_path, capsys):
+    path = straight / "checkpoint.pt"
+    whole = load(path)
+    path.write_bytes(path.read_bytes()[:1000])
+    train(small(out=str(straight), steps=10, eval_every=5, self_condition=0.5))
+    assert "warning" in capsys.readouterr().out
+    assert same(load(path), whole)
+
+
+def test_evaluating_more_often_changes_nothing(straight, mute, small, tmp_path):
+    train(small(steps=10, eval_every=3, self_condition=0.5))
+    assert same(load(tmp_path / "run/checkpoint.pt"), load(straight / "checkpoint.pt"))
+
+
+def test_smaller_micro_batches_make_the_same_step(trainer):
+    one, other = trainer(micro_batch=0), trainer(micro_batch=1)
+    before = weights(one).clone()
+    for _ in range(2):
+        whole, parts = one.step(), other.step()
+        assert parts["loss"] == pytest.approx(whole["loss"], rel=1e-4)
+        assert parts["gradient"] == pytest.approx(whole["gradient"], rel=1e-3)
+    assert (weights(one) - weights(other)).norm() < 0.01 * (weights(one) - before).norm()
+
+
+def test_another_seed_is_another_run(trainer):
+    one, other = trainer(seed=0), trainer(seed=1)
+    assert one.step()["loss"] != other.step()["loss"] and not torch.equal(weights(one), weights(other))
+
+
+def test_a_batch_depends_on_its_step_alone(trainer):
+    one, other = trainer(), trainer()
+    for _ in range(2):
+        one.step()
+    one.validate()
+    other.done = 2
+    assert all(map(torch.equal, one.batch(0, 4), other.batch(0, 4)))
+    assert all(map(torch.equal, [part[2:] for part in one.batch(0, 4)], other.batch(2, 2)))
+    other.done = 3
+    assert not any(map(torch.equal, one.batch(0, 4), other.batch(0, 4)))
+
+
+def test_times_are_stratified_over_the_batch(trainer):
+    t = trainer(batch_size=16)
+    for t.done in range(5):
+        shares = (t.batch(0, 16)[2] / (math.pi / 2) * 16).floor().clamp(0, 15)
+        assert sorted(shares.tolist()) == list(range(16))
+
+
+def test_contexts_are_dropped_as_often_as_asked(trainer):
+    for share, low, high in ((0.0, 0, 0), (0.3, 0.2, 0.4), (1.0, 1, 1)):
+        t = trainer(ctx_drop=share, batch_size=200)
+        ctx = t.batch(0, 200)[1]
+        assert low <= (ctx == t.model.silence).all(-1).all(-1).float().mean() <= high
+
+
+def test_context_and_continuation_follow_each_other(trainer):
+    t = trainer()
+    ctx, x0 = t.frames("train", [5])
+    window = torch.from_numpy(t.corpus.windows("mel", "train", [5], 96))
+    assert (ctx.shape[1], x0.shape[1]) == (32, 64)
+    assert torch.equal(torch.cat([ctx, x0], 1), t.autoencoder.from_mel(window))
+
+
+def test_training_lowers_the_loss_on_a_fixed_batch(trainer):
+    t = trainer(steps=40, warmup=5, self_condition=0.0)
+    x0, ctx, phi, eps = t.batch(0, 4)
+    t.batch = lambda part, size: (x0, ctx, phi, eps)
+    first = t.step()["loss"]
+    for _ in range(39):
+        last = t.step()["loss"]
+    assert last < 0.5 * first
+
+
+@pytest.mark.parametrize("predict, optimizer", [("v", "adamw"), ("x0", "adamw"), ("v", "muon")])
+def test_every_way_of_training_lowers_the_loss(trainer, predict, optimizer):
+    t = trainer(steps=30, warmup=2, predict=predict, optimizer=optimizer, patch_size=2, lr=3e-3, ema=0.5)
+    before = t.validate(8)["mean"]
+    for _ in range(30):
+        t.step()
+    assert t.validate(8)["mean"] < 0.9 * before
+
+
+def test_the_average_is_an_exponential_one_with_a_short_memory_at_first(trainer):
+    t = trainer(ema=0.4)
+    expected = weights(t).clone()
+    for done in range(6):
+        t.step()
+        memory = min(0.4, (1 + done) / (10 + done))
+        expected = memory * expected + (1 - memory) * weights(t)
+    assert torch.allclose(torch.cat([p.flatten() for p in t.ema.parameters()]), expected, atol=1e-6)
+
+
+def test_without_memory_the_average_is_the_model(trainer):
+    t = trainer(ema=0.0)
+    t.step()
+    assert torch.allclose(torch.cat([p.flatten() for p in t.ema.parameters()]), weights(t))
+
+
+def test_gradients_are_clipped(trainer):
+    t = trainer(clip=1e-3, optimizer="adamw")
+    norms = []
+    for optimizer in t.optimizers:
+        optimizer.step = lambda: norms.append(sum(p.grad.norm() ** 2 for p in t.model.parameters()
+                                                  if p.grad is not None) ** 0.5)
+    assert t.step()["gradient"] > 1e-3
+    assert norms[0] == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(trainer):
+    t = trainer()
+    t.step()
+    before, average = weights(t).clone(), [p.clone() for p in t.ema.parameters()]
+    good = t.batch
+    t.batch = lambda part, size: [x * float("nan") if x is not None and x.ndim == 3 else x for x in good(part, size)]
+    assert t.step()["skipped"] == 1
+    assert torch.equal(weights(t), before) and all(map(torch.equal, average, t.ema.parameters()))
+    t.batch = good
+    row = t.step()
+    assert row["skipped"] == 1 and math.isfinite(row["loss"]) and not torch.equal(weights(t), before)
+
+
+def test_validation_is_fixed_and_shows_every_noise_level(trainer):
+    t = trainer()
+    one, again = t.validate(8), t.validate(8)
+    assert one == again and len(one) == 11
+    levels = [float(level) for level in one if level != "mean"]
+    assert levels == sorted(levels, reverse=True) and max(levels) > 4 and min(levels) < -4
+    assert one["mean"] == pytest.approx(sum(v for k, v in one.items() if k != "mean") / 10)
+
+
+def test_schedules_are_validated_alike(trainer):
+    """A new model says 0 whatever its schedule, so the losses must agree."""
+    assert trainer(schedule="linear").validate(8) == trainer(schedule="exponential").validate(8)
+
+
+def test_a_run_leaves_what_it_should(trained):
+    folder, said = trained
+    assert {"config.json", "checkpoint.pt", "checkpoint.previous.pt", "log.jsonl"} <= {p.name for p in folder.iterdir()}
+    sounds = {path.name: cdslm.load_audio(path) for path in folder.glob("*.wav")}
+    assert len(sounds) == 12 and all(len(wave) == 96 * 300 for wave in sounds.values())
+    for i in range(1, 5):
+        context = slice(2400, 6000)
+        true, again = sounds[f"{i}_true.wav"], sounds[f"{i}_reconstruction.wav"]
+        loudness = [wave[context].square().mean().sqrt().item() for wave in (true, again)]
+        assert loudness[1] == pytest.approx(loudness[0], rel=0.5, abs=0.003)
+    for word in ("parameters", "cpu", "float32", "FLOP", "min", "--steps", "listen", "sample.py"):
+        assert word in said
+
+
+def test_the_log_has_a_row_a_step(trained):
+    rows = [json.loads(line) for line in (trained[0] / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 11))
+    assert {"loss", "lr", "hours", "epochs", "frames/s"} <= set(rows[0])
+    assert [row["step"] for row in rows if "valid" in row] == [5, 10]
+    assert rows[-1]["hours"] == pytest.approx(10 * 4 * 1.2 / 3600)
+
+
+def test_bf16_trains_too(trainer):
+    t = trainer()
+    t.dtype = torch.bfloat16
+    assert all(math.isfinite(t.step()["loss"]) for _ in range(2))
+    assert weights(t).dtype == torch.float32
+
+
+def test_mistyped_data_does_not_spoil_the_folder(mute, small, tmp_path):
+    with pytest.raises(UserError, match="--data"):
+        train(small(data=str(tmp_path / "mistyped")))
+    train(small(steps=1))
+
+
+def test_silent_recordings_are_a_users_error(mute, small, tmp_path):
+    import soundfile
+    (tmp_path / "silent").mkdir()
+    soundfile.write(tmp_path / "silent/a.wav", 0 * speech_like(60, 8000), 8000)
+    with pytest.raises(UserError, match="silent"):
+        train(small(data=str(tmp_path / "silent")))
+
+
+@pytest.mark.parametrize("changes", [dict(data="/no/such/folder"), dict(steps=0)])
+def test_a_mistake_is_one_line_and_status_2(tmp_path, changes):
+    done = command("cdslm.py", *flags(**SMALL | dict(out=tmp_path / "run") | changes))
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not REAL.is_dir(), reason="the recorded digits are not here")
+def test_real_speech_is_learned(mute, small):
+    config = small(data=str(REAL), steps=60, width=128, warmup=5, batch_size=8, ema=0.9, eval_every=30)
+    train(config)
+    rows = [json.loads(line) for line in open(f"{config.out}/log.jsonl")]
+    assert rows[-1]["valid"]["mean"] < 0.9 * rows[29]["valid"]["mean"]
+    assert rows[-1]["loss"] < 0.5 * rows[0]["loss"]
