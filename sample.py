@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from cdslm import FRAME_RATE, HOP, RATE, Parser, UserError, cli, decide, load, load_audio, load_run, sample, save_audio
+from cdslm import Parser, UserError, cli, decide, load, load_run, sample
+from corpus import FRAME_RATE, HOP, RATE, load_audio, save_audio
 
 SILENT = 1e-3  # a prompt that never gets louder than -60 dBFS says nothing
 

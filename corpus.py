@@ -1,0 +1,358 @@
+"""From recordings, or toy speech, to windows of log-mel frames: all that happens before the model.
+
+    Sound     a file -> 24 kHz samples -> 80 log-mel bands, 80 frames a second
+    Corpus    a folder of recordings, or the toy corpus -> a cache on disk -> windows for training and validation
+
+    corpus = open_corpus(Config(data="my_recordings"))
+    corpus.windows("mel", "train", [keyed(0, "mine", i) for i in range(32)], 320)      # (32, 320, 80) log-mel frames
+
+Nothing here knows of diffusion or of networks; `cdslm.py` is the system, and begins where this ends.
+"""
+import concurrent.futures
+import contextlib
+import hashlib
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+
+class UserError(Exception):
+    """Something the user can mend: printed as one line, exit status 2."""
+
+
+def keyed(seed, purpose, index):
+    """A 63-bit integer that depends on (seed, purpose, index) alone. All randomness of training comes from here, so the
+    data and noise of a step do not depend on what ran before, how often we validate or how many devices share it."""
+    digest = hashlib.blake2b(f"{seed}/{purpose}/{index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def keyed_noise(seed, purpose, index, shape, device):
+    """Standard normal noise that depends on (seed, purpose, index) and the kind of device alone."""
+    return torch.randn(shape, generator=torch.Generator(device).manual_seed(keyed(seed, purpose, index)), device=device)
+
+
+@contextlib.contextmanager
+def replacing(path, keep=None):
+    """Write a file whole or not at all: yields a temporary path that becomes `path` unless something goes wrong. What
+    was there before is kept under the name `keep`."""
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        if keep and path.exists():
+            os.replace(path, keep)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path} could not be written ({error.strerror or error}); what was there is kept") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sound. Log-mel frames as in the paper: 24 kHz, window 1200 (50 ms), hop 300 (12.5 ms), 80 bands: 80 frames a second.
+# CHOICE: FFT 2048, Slaney's mel scale from 0 to 12 kHz, magnitudes, natural logarithm with a floor at 1e-5.
+
+RATE, HOP, WINDOW, FFT, MELS, FLOOR = 24_000, 300, 1200, 2048, 80, 1e-5
+FRAME_RATE = RATE // HOP
+AUDIO_FILES = set(".wav .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .au .caf .w64 .rf64 .sph".split())
+
+
+def mel_bank(fft=FFT):
+    """Slaney's triangles, each of unit area: (80, fft/2 + 1). Linear below 1 kHz, then logarithmic (1998)."""
+    step = math.log(6.4) / 27
+    mel = torch.linspace(0, 15 + math.log(RATE / 2 / 1000) / step, MELS + 2, dtype=torch.float64)
+    edges = torch.where(mel < 15, mel * 200 / 3, 1000 * torch.exp((mel - 15) * step))
+    low, mid, high = edges[:-2, None], edges[1:-1, None], edges[2:, None]
+    hertz = torch.linspace(0, RATE / 2, fft // 2 + 1, dtype=torch.float64)
+    triangles = torch.minimum((hertz - low) / (mid - low), (high - hertz) / (high - mid)).clamp(min=0)
+    return (triangles * 2 / (high - low)).float()
+
+
+def stft(wave, fft=FFT, hop=HOP, window=WINDOW):
+    """(B, N) -> (B, fft/2 + 1, T) complex, T = ceil(N/hop), frame i centred on sample i * hop, zeros beyond it."""
+    frames = -(-wave.shape[-1] // hop)
+    wave = F.pad(wave, (fft // 2, frames * hop - wave.shape[-1] + fft // 2))
+    taper = torch.hann_window(window, device=wave.device)
+    return torch.stft(wave, fft, hop, window, taper, center=False, return_complex=True)[..., :frames]
+
+
+def log_mel(wave):
+    """(B, N) samples at 24 kHz -> (B, T, 80) log-mel frames, T = ceil(N/300). Digital silence is log(1e-5)."""
+    return (stft(wave).abs().mT @ mel_bank().to(wave.device).T).clamp(min=FLOOR).log()
+
+
+def resample(wave, rate, new_rate=RATE):
+    """(N,) at `rate` Hz -> (ceil(N * new_rate / rate),): the same spectrum, cut off or continued with zeros."""
+    if rate == new_rate:
+        return wave
+    seconds = len(wave) // rate + 2                           # whole seconds are whole numbers of samples at both rates
+    spectrum = torch.fft.rfft(F.pad(wave, (0, seconds * rate - len(wave))))
+    shared = min(rate, new_rate) * seconds // 2
+    spectrum = F.pad(spectrum[:shared], (0, new_rate * seconds // 2 + 1 - shared))
+    return torch.fft.irfft(spectrum, seconds * new_rate)[:-(-len(wave) * new_rate // rate)] * (new_rate / rate)
+
+
+def reason(error):
+    """The first line of an error's message, or failing that its kind."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def read_audio(path, start=0, stop=math.inf):
+    """Yield seconds `start` to `stop` of a recording, a minute at a time: mono (the mean of the channels), 24 kHz,
+    float32 (N,). Raises UserError with the reason if it can't be read or holds NaN."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        with soundfile.SoundFile(path) as file:
+            rate, end = file.samplerate, min(file.frames, stop * file.samplerate)
+            if not 8000 <= rate <= 192_000:
+                raise UserError(f"{path}: {rate} Hz is outside 8 to 192 kHz")
+            for at in range(start * rate, math.ceil(end), 60 * rate):
+                before = min(at, rate)                         # minutes overlap by a second, so that none has an edge
+                file.seek(at - before)
+                piece = file.read(min(61 * rate, math.ceil(end) - at) + before, dtype="float32", always_2d=True)
+                if not np.isfinite(piece).all():
+                    raise UserError(f"{path}: contains NaN or infinite samples")
+                samples = -(-(min(60 * rate, len(piece) - before)) * RATE // rate)
+                yield resample(torch.from_numpy(piece.mean(1)), rate)[before * RATE // rate:][:samples]
+    except (soundfile.SoundFileError, OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"{path}: not readable as audio ({reason(error)})") from None
+
+
+def load_audio(path):
+    """A whole recording as (N,) float32 at 24 kHz. Raises UserError if it is not audio, or empty."""
+    pieces = list(read_audio(path))
+    if not pieces:
+        raise UserError(f"{path}: contains no samples")
+    return torch.cat(pieces)
+
+
+def save_audio(path, wave):
+    """Write (N,) samples at 24 kHz as a 16-bit WAV; louder than full scale is turned down, never clipped."""
+    wave = wave.detach().float().cpu().numpy()
+    with replacing(path) as temporary:
+        soundfile.write(temporary, wave / max(1.0, np.abs(wave).max(initial=0)), RATE, format="WAV", subtype="PCM_16")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Corpus. A source, a folder or the toy corpus, is a list of stretches of speech: half an hour of one recording at the
+# most, or short neighbours of one folder joined up to a minute. They are cached once in shards of about half an hour:
+# int16 audio, which the decoder learns from, and float16 log-mel. Stretches are split into blocks of a minute, a second
+# apart; a hash of its name and place decides whether a block is for training or for validation.
+
+CACHE_VERSION, SHARD_SECONDS, BLOCK_SECONDS, VALIDATION_SHARE = 1, 1800, 60, 0.06
+
+
+def fingerprint(text):
+    """Eight hexadecimal digits that stand for a text, such as a list of files."""
+    return hashlib.blake2b(os.fsencode(text), digest_size=4).hexdigest()
+
+
+def cache_root():
+    """Where corpora are cached: $CDSLM_CACHE, or ~/.cache/cdslm."""
+    return Path(os.environ.get("CDSLM_CACHE") or Path.home() / ".cache" / "cdslm")
+
+
+@dataclass
+class Stretch:
+    """Speech that belongs together; `parts` are (path, first second, last second), or numbers of toy utterances."""
+    name: str
+    seconds: float
+    parts: list
+    minute: int = 0        # where in the recording it begins
+
+
+@dataclass
+class Source:
+    """What there is to learn from: `read(stretch)` gives samples (N,) float32; `contents` changes when they do."""
+    name: str
+    contents: str
+    stretches: list
+    read: callable
+    skipped: dict          # {file: why it can't be used}
+
+
+def toy_source(config):
+    """The toy corpus: stretches of 20 s, each a speaker of its own."""
+    from toyspeech import VERSION, ToySpeech
+    toy, count = ToySpeech(config.toy_languages, config.toy_words), max(2, round(config.toy_hours * 180))
+    stretches = [Stretch(f"utterance {i}", 20.0, [i]) for i in range(count)]
+    return Source(f"toy-{config.toy_languages}x{config.toy_words}-{count}", f"{CACHE_VERSION} {VERSION}", stretches,
+                  lambda stretch: torch.from_numpy(toy.utterance(stretch.parts[0], stretch.seconds).wave), {})
+
+
+def folder_source(config):
+    """A folder of recordings: long ones in half hours, short neighbours joined. Unreadable ones are `skipped`."""
+    root, stretches, skipped, prints = Path(config.data), [], {}, [str(CACHE_VERSION)]
+    if not root.is_dir():
+        raise UserError(f"--data {config.data}: no such folder")
+    files = sorted(path for path in root.rglob("*") if path.suffix.lower() in AUDIO_FILES)
+    for path in files:
+        name = path.relative_to(root).as_posix()
+        try:
+            stat, seconds = path.stat(), soundfile.info(path).duration
+            if not seconds:
+                raise UserError("contains no samples")
+        except Exception as error:  # whatever a broken file makes the reader raise is that file's problem
+            skipped[name] = reason(error)
+            continue
+        prints.append(f"{name} {stat.st_size} {stat.st_mtime_ns}")
+        last = stretches[-1] if stretches else None
+        if last and last.parts[-1][0].parent == path.parent and last.seconds + seconds <= BLOCK_SECONDS:
+            last.parts.append((path, 0, seconds))
+            last.seconds += seconds
+            continue
+        for start in range(0, math.ceil(seconds), SHARD_SECONDS):
+            stop = min(start + SHARD_SECONDS, seconds)
+            stretches.append(Stretch(name, stop - start, [(path, start, stop)], start // 60))
+    if not stretches:
+        why = f"none of its {len(files)} audio files can be read" if files else "no wav, flac, ogg or mp3 in it"
+        raise UserError(f"--data {config.data}: {why}")
+
+    def read(stretch):
+        waves = [torch.zeros(0)]
+        for path, start, stop in stretch.parts:
+            try:
+                waves += list(read_audio(path, start, stop))
+            except UserError as error:
+                skipped[path.relative_to(root).as_posix()] = str(error)
+        return torch.cat(waves)
+
+    where = str(root.resolve())
+    name = f"{re.sub(r'[^A-Za-z0-9]', '-', Path(where).name)}-{fingerprint(where)}"
+    return Source(name, "\n".join(prints), stretches, read, skipped)
+
+
+def build_cache(source):
+    """Cache every stretch of a source and return the cache's folder. A shard is complete once its .json is there, so an
+    interrupted build goes on where it stopped. A source that has changed has another name, and is cached anew."""
+    folder = cache_root() / f"{source.name}-{fingerprint(source.contents)}"
+    for old in set(cache_root().glob(f"{source.name}-????????")) - {folder}:
+        print(f"{source.name} has changed since it was cached: caching it anew")
+        shutil.rmtree(old)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cache {folder}: {error.strerror}; set CDSLM_CACHE to a folder that can be written") from None
+    ends = itertools.accumulate(stretch.seconds for stretch in source.stretches)
+    shards = itertools.groupby(zip(ends, source.stretches), lambda pair: pair[0] // SHARD_SECONDS)
+    missing = {folder / f"{int(number):05d}": [stretch for _, stretch in pairs] for number, pairs in shards
+               if not (folder / f"{int(number):05d}.json").exists()}
+    total = round(sum(stretch.seconds for stretches in missing.values() for stretch in stretches))
+    with (tqdm(total=total, desc="caching speech", unit="s", disable=not total) as bar,
+          concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool):
+        for stem, stretches in missing.items():
+            build_shard(stem, source, stretches, pool)
+            bar.update(round(sum(stretch.seconds for stretch in stretches)))
+    return folder
+
+
+def build_shard(stem, source, stretches, pool):
+    """Write a shard: STEM.audio.npy (N,) int16, STEM.mel.npy (N/300, 80) float16, and last its contents, STEM.json."""
+    def samples(stretch):
+        wave = source.read(stretch)
+        return (F.pad(wave, (0, -len(wave) % HOP)).clamp(-1, 1) * 32767).round().short().numpy()
+
+    def frames(start):  # a minute, heard with a little of its surroundings so that minutes join without a seam
+        first, last = max(0, start - 8 * HOP), min(len(audio), start + 60 * RATE + 8 * HOP)
+        mel = log_mel(torch.from_numpy(audio[first:last]).float()[None] / 32767)[0]
+        return mel[(start - first) // HOP:][:60 * FRAME_RATE].half().numpy()
+
+    waves = list(pool.map(samples, stretches))
+    audio = np.concatenate(waves)
+    minutes = list(pool.map(frames, range(0, len(audio), 60 * RATE)))
+    arrays = {"audio": audio, "mel": np.concatenate(minutes) if minutes else np.zeros((0, MELS), np.float16)}
+    for kind, array in arrays.items():
+        with replacing(f"{stem}.{kind}.npy") as temporary, open(temporary, "wb") as file:
+            np.save(file, array, allow_pickle=False)
+    contents = {"stretches": [[s.name, s.minute, len(w) // HOP] for s, w in zip(stretches, waves)]}
+    with replacing(f"{stem}.json") as temporary:
+        temporary.write_text(json.dumps(contents | {"skipped": source.skipped}))
+
+
+class Corpus:
+    """A cache, split into "train" and "valid" and served as windows. Any integer key names a window of a split; keys
+    that are uniform make every start of a window equally likely."""
+
+    def __init__(self, folder, window):
+        self.shards, self.skipped, stretches = [], {}, []
+        for number, path in enumerate(sorted(folder.glob("*.json"))):
+            contents = json.loads(path.read_text())
+            self.skipped |= contents["skipped"]
+            self.shards.append({k: np.load(path.with_suffix(f".{k}.npy"), mmap_mode="r") for k in ("mel", "audio")})
+            start = 0
+            for name, minute, frames in contents["stretches"]:
+                stretches.append((name, minute, number, start, frames))
+                start += frames
+        self.blocks, self.tables = self._split(stretches, window), {}
+
+    @staticmethod
+    def _split(stretches, window):
+        """{split: its blocks, rows of (shard, first frame, frames)}."""
+        total = sum(frames for *_, frames in stretches)
+        size = max(BLOCK_SECONDS * FRAME_RATE, 3 * window)
+        size = size if total > 20 * size else 2 * window                      # little speech is split more finely
+        blocks, chances = [], []
+        for name, minute, shard, start, frames in stretches:
+            for at in range(0, frames, size):
+                length = size - FRAME_RATE if at + size <= frames else frames - at
+                blocks.append((shard, start + at, length))
+                chances.append(keyed(0, name, (minute * 60 * FRAME_RATE + at) // size) / 2 ** 63)
+        blocks, chances = np.array(blocks).reshape(-1, 3), np.array(chances)
+        usable = np.sort(chances[blocks[:, 2] >= window])
+        if len(usable) < 2:
+            raise UserError(f"too little speech: {total / FRAME_RATE:.1f} s, where training and validation each need a "
+                            f"stretch of {window / FRAME_RATE:g} s; add some, or shorten --gen-seconds")
+        limit = min(max(VALIDATION_SHARE, usable[0]), usable[-2])             # at least one block for each
+        return {"valid": blocks[chances <= limit], "train": blocks[chances > limit]}
+
+    def hours(self, split):
+        """Hours of speech in a split."""
+        return self.blocks[split][:, 2].sum() / FRAME_RATE / 3600
+
+    def windows(self, kind, split, keys, frames):
+        """Windows, float32: "mel" (len(keys), frames, 80) or "audio" (len(keys), 300 * frames)."""
+        if (split, frames) not in self.tables:
+            long = self.blocks[split][self.blocks[split][:, 2] >= frames]
+            self.tables[split, frames] = long, np.cumsum(long[:, 2] - frames + 1)
+        blocks, ends = self.tables[split, frames]
+        hop, cut = {"mel": 1, "audio": HOP}[kind], []
+        for key in keys:
+            place = key % int(ends[-1])
+            row = np.searchsorted(ends, place, side="right")
+            shard, start, length = blocks[row]
+            start += place - (ends[row] - (length - frames + 1))
+            cut.append(self.shards[shard][kind][start * hop:(start + frames) * hop])
+        return np.stack(cut).astype(np.float32) / {"mel": 1, "audio": 32767}[kind]
+
+    def mel_stats(self):
+        """Mean and standard deviation of the training set's log-mel over all bands, and how many bands are alive."""
+        mel = self.windows("mel", "train", [keyed(0, "statistics", i) for i in range(512)], 32)
+        if mel.std() < 1e-3:
+            raise UserError("the recordings are silent")
+        return float(mel.mean()), float(mel.std()), int((mel.std((0, 1)) > 0.2).sum())
+
+
+def open_corpus(config):
+    """Build or find the cache of `config.data` and return its Corpus."""
+    source = toy_source(config) if config.data == "toy" else folder_source(config)
+    corpus = Corpus(build_cache(source), config.ctx_frames + config.gen_frames)
+    corpus.skipped |= source.skipped
+    if corpus.skipped:
+        named = "; ".join(f"{name} ({why})" for name, why in list(corpus.skipped.items())[:5])
+        print(f"left out {len(corpus.skipped)} files that can't be used: {named}{'; ...' * (len(corpus.skipped) > 5)}")
+    return corpus
