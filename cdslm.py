@@ -952,8 +952,8 @@ def train(config):
     device, dtype = decide(config)
     with claim(config):
         size, (step, decoder_step) = count(config), forecast(config, device, dtype)
-        print(f"{config.size}: {size['parameters'] / 1e6:.2f} M parameters on {device} in {str(dtype)[6:]}; {config.steps} "
-              f"steps of {config.batch_size} windows of {size['tokens']} tokens, "
+        print(f"{config.size}: {size['parameters'] / 1e6:.2f} M parameters on {device} in {str(dtype)[6:]}; "
+              f"{config.steps} steps of {config.batch_size} windows of {size['tokens']} tokens, "
               f"{size['flops'] * config.batch_size / 1e9:.3g} GFLOP a step")
         print(f"about {decoder_step * config.decoder_steps / 60:.1f} min for the decoder and "
               f"{step * config.steps / 60:.1f} min of training ({step:.3f} s a step), less what is done already; in a "
@@ -1069,6 +1069,9 @@ def cli(main):
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from what is done", file=sys.stderr)
+        sys.exit(130)
 
 
 def main():

@@ -4,8 +4,8 @@
     python sample.py out/digits --prompt me.flac --seconds 12 --cfg 2    continue a recording
     python sample.py out/tiny --prompt none --num 8                      eight beginnings out of silence, in one batch
 
-Each file is the context followed by the continuation, decoded together. Beyond the window the model was trained on it goes on
-window by window, and is decoded as one, so no seam is heard. The same command writes the same files on the same machine.
+Each file is the context followed by the continuation. Beyond the window the model was trained on it goes on window by
+window; all is decoded as one, so no seam is heard. The same command writes the same files on the same machine.
 """
 import argparse
 import math
@@ -25,14 +25,14 @@ def parse(argv=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("run", help="a run folder, such as out/tiny")
     parser.add_argument("--prompt", help="a recording to continue, or 'none' for silence; held-out contexts by default")
-    parser.add_argument("--seconds", type=float, help="seconds to speak; by default what the run was trained to speak in one go")
+    parser.add_argument("--seconds", type=float, help="seconds to speak [what it was trained to speak in one go]")
     parser.add_argument("--num", type=int, help="how many continuations [1; 4 without --prompt]")
     parser.add_argument("--cfg", type=float, default=1.5, help="guidance: 1 none; more, closer to the context [1.5]")
     parser.add_argument("--steps", type=int, default=24, help="evaluations of the network a window [24]")
     parser.add_argument("--sampler", default="dpm", choices=("dpm", "ddim"), help="DPM-Solver++(2M) or DDIM [dpm]")
     parser.add_argument("--seed", type=int, default=0, help="another seed, another continuation [0]")
     parser.add_argument("--device", default="auto", help="cuda, mps, cpu; auto takes the first there is")
-    parser.add_argument("--out", type=Path, help="the WAV to write (-1, -2, ... are added for several) [RUN/continued.wav]")
+    parser.add_argument("--out", type=Path, help="the WAV to write; several become x-1.wav, ... [RUN/continued.wav]")
     arguments = parser.parse_args(argv)
     if arguments.seconds is not None and not 0 < arguments.seconds < math.inf:
         raise UserError("--seconds must be more than 0")
@@ -55,7 +55,8 @@ def contexts(arguments, config, autoencoder, device):
             print(f"{arguments.prompt} is silent: starting from silence")
             wave = torch.zeros(0)
         elif 0 < len(wave) < need * HOP:
-            print(f"{arguments.prompt} is {len(wave) / RATE:.1f} s long: padded in front with silence to {need / FRAME_RATE:g} s")
+            print(f"{arguments.prompt} has only {len(wave) / RATE:.1f} s: silence is put before it, to make "
+                  f"{need / FRAME_RATE:g} s")
         wave = F.pad(wave, (max(0, need * HOP - len(wave)), 0))
         waves = wave[len(wave) % HOP:].repeat(arguments.num, 1)
     return autoencoder.encode(waves.to(device))
