@@ -106,7 +106,7 @@ class Config:
     latent_dim: int = opt(0, "0: diffuse log-mel (the paper); 16, say: diffuse that many learned latents a frame",
                           least=0, section="sound")
     decoder: str = opt("neural", "frames to sound: learned, or Griffin-Lim (no training)", "neural", "griffinlim")
-    decoder_steps: int = opt(600, "training steps of the learned decoder", least=0)
+    decoder_steps: int = opt(250, "training steps of the learned decoder", least=0)
 
     depth: int = opt(None, "number of blocks L", above=0, section="network")
     width: int = opt(None, "model width d; 128 L unless you say otherwise", above=0)
@@ -254,14 +254,15 @@ class AudioAutoencoder(nn.Module):
     def spectrum(self, mel, noise, start=0, turns=0, dtype=torch.float32):
         """(B, T, 80) normalised log-mel, (1, 300 T) noise -> (B, 601, T) complex, and the hum's phase (B, 300 T),
         which is `turns` at frame `start`."""
-        magnitude, hiss = unmel(mel * self.mel_stats[1] + self.mel_stats[0]), stft(noise, DECODER_FFT)
+        mel, heard, hiss = mel * self.mel_stats[1] + self.mel_stats[0], mel, stft(noise, DECODER_FFT)
         if self.decoder == "griffinlim":
-            return griffin_lim(magnitude, 32, hiss.sgn()), noise
+            return griffin_lim(unmel(mel), 32, hiss.sgn()), noise
+        magnitude = unmel(mel, 1)                                           # the network sees to the rest
         hertz, voiced = pitch(magnitude)                                    # (B, T) each
         hum, phase = pulses(hertz, start, turns)
-        hum = stft(hum, DECODER_FFT)
+        hum = stft(hum.to(mel.device), DECODER_FFT)
         ripple = hum.abs().clamp(min=1).log() - 3.5                         # large at a harmonic, small between two
-        heard = torch.cat([mel, (hertz / 150).log()[..., None], voiced[..., None]], dim=-1)
+        heard = torch.cat([heard, (hertz / 150).log()[..., None], voiced[..., None]], dim=-1)
         with torch.autocast(mel.device.type, dtype, enabled=dtype != torch.float32):
             loud, comb, hums = self.shape(heard.mT).float().chunk(3, dim=1)  # (B, 601, T) each
         magnitude = magnitude * (loud + comb * ripple).clamp(-8, 3).exp()
@@ -327,11 +328,12 @@ def pitch(magnitude, low=60, high=420):
 
 def pulses(hertz, start, turns):
     """(B, T) pitch -> (B, 300 T) pulses, with harmonics up to 12 kHz, and their phase: `turns` at frame `start`."""
-    hertz = F.interpolate(hertz[:, None], scale_factor=HOP, mode="linear")[:, 0]
-    phase = F.pad((hertz.double() / RATE).cumsum(1), (1, 0))
-    phase = (phase[:, 1:] - phase[:, start * HOP, None] + turns) % 1                # double: a long hum must not drift
-    count = RATE / 2 / hertz                                                # of harmonics
-    return count.sqrt() * torch.exp(count ** 2 / 4 * (torch.cos(2 * math.pi * phase.float()) - 1)), phase
+    hertz = F.interpolate(hertz[:, None].cpu(), scale_factor=HOP, mode="linear")[:, 0]
+    phase = F.pad((hertz.double() / RATE).cumsum(1), (1, 0))               # on the CPU: not every device has doubles
+    phase = phase[:, 1:] - phase[:, start * HOP, None] + turns
+    phase = phase - phase.round()
+    count, swing = RATE / 2 / hertz, torch.sin(math.pi * phase.float())     # how many harmonics there are
+    return count.sqrt() * torch.exp(-0.5 * (count * swing) ** 2), phase
 
 
 def istft(spectrum):
@@ -342,10 +344,10 @@ def istft(spectrum):
 
 def griffin_lim(magnitude, iterations, phase, momentum=0.99):
     """(B, 601, T) magnitudes, phases (complex, length 1) -> spectrum with consistent ones (Perraudin et al., 2013)."""
-    before = 0.0
+    before = None
     for _ in range(iterations):
         after = stft(istft(magnitude * phase), DECODER_FFT)
-        phase, before = (after - before * momentum / (1 + momentum)).sgn(), after
+        phase, before = (after if before is None else after - before * (momentum / (1 + momentum))).sgn(), after
     return magnitude * phase
 
 
