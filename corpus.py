@@ -151,8 +151,8 @@ def save_audio(path, wave):
 # ----------------------------------------------------------------------------------------------------------------------
 # Corpus. A source, a folder or the toy corpus, is a list of stretches of speech: half an hour of one recording at the
 # most, or short neighbours of one folder joined up to a minute. They are cached once in shards of about half an hour:
-# int16 audio, which the decoder learns from, and float16 log-mel. Stretches are split into blocks of a minute, a second
-# apart; a hash of its name and place decides whether a block is for training or for validation.
+# int16 audio, which the decoder learns from, and float16 log-mel. A hash of its name and place decides whether a minute
+# is for training or for validation; where the two meet in one recording, a second is left out.
 
 CACHE_VERSION, SHARD_SECONDS, BLOCK_SECONDS, VALIDATION_SHARE = 1, 1800, 60, 0.06
 
@@ -298,43 +298,49 @@ class Corpus:
             for name, minute, frames in contents["stretches"]:
                 stretches.append((name, minute, number, start, frames))
                 start += frames
-        self.blocks, self.tables = self._split(stretches, window), {}
+        self.runs, self.tables = self._split(stretches, window), {}
 
     @staticmethod
     def _split(stretches, window):
-        """{split: its blocks, rows of (shard, first frame, frames)}."""
+        """{split: its runs of neighbouring blocks, rows of (shard, first frame, frames)}."""
         total = sum(frames for *_, frames in stretches)
         size = max(BLOCK_SECONDS * FRAME_RATE, 3 * window)
         size = size if total > 20 * size else 2 * window                      # little speech is split more finely
-        blocks, chances = [], []
-        for name, minute, shard, start, frames in stretches:
-            for at in range(0, frames, size):
-                length = size - FRAME_RATE if at + size <= frames else frames - at
-                blocks.append((shard, start + at, length))
-                chances.append(keyed(0, name, (minute * 60 * FRAME_RATE + at) // size) / 2 ** 63)
-        blocks, chances = np.array(blocks).reshape(-1, 3), np.array(chances)
-        usable = np.sort(chances[blocks[:, 2] >= window])
+        blocks = [(name, keyed(0, name, (minute * 60 * FRAME_RATE + at) // size) / 2 ** 63,
+                   shard, start + at, min(size, frames - at))
+                  for name, minute, shard, start, frames in stretches for at in range(0, frames, size)]
+        usable = sorted(chance for _, chance, _, _, frames in blocks if frames >= window)
         if len(usable) < 2:
             raise UserError(f"too little speech: {total / FRAME_RATE:.1f} s, where training and validation each need a "
                             f"stretch of {window / FRAME_RATE:g} s; add some, or shorten --gen-seconds")
         limit = min(max(VALIDATION_SHARE, usable[0]), usable[-2])             # at least one block for each
-        return {"valid": blocks[chances <= limit], "train": blocks[chances > limit]}
+        runs, before = {"train": [], "valid": []}, (None, None, None)
+        for name, chance, shard, start, frames in blocks:
+            split = "valid" if chance <= limit else "train"
+            if before == (name, shard, split):
+                runs[split][-1][2] += frames
+            else:
+                if before[0] == name and before[2] != split:
+                    runs[before[2]][-1][2] -= min(FRAME_RATE, runs[before[2]][-1][2])   # the second between them
+                runs[split].append([shard, start, frames])
+            before = name, shard, split
+        return {split: np.array(rows) for split, rows in runs.items()}
 
     def hours(self, split):
         """Hours of speech in a split."""
-        return self.blocks[split][:, 2].sum() / FRAME_RATE / 3600
+        return self.runs[split][:, 2].sum() / FRAME_RATE / 3600
 
     def windows(self, kind, split, keys, frames):
         """Windows, float32: "mel" (len(keys), frames, 80) or "audio" (len(keys), 300 * frames)."""
         if (split, frames) not in self.tables:
-            long = self.blocks[split][self.blocks[split][:, 2] >= frames]
+            long = self.runs[split][self.runs[split][:, 2] >= frames]
             self.tables[split, frames] = long, np.cumsum(long[:, 2] - frames + 1)
-        blocks, ends = self.tables[split, frames]
+        runs, ends = self.tables[split, frames]
         hop, cut = {"mel": 1, "audio": HOP}[kind], []
         for key in keys:
             place = key % int(ends[-1])
             row = np.searchsorted(ends, place, side="right")
-            shard, start, length = blocks[row]
+            shard, start, length = runs[row]
             start += place - (ends[row] - (length - frames + 1))
             cut.append(self.shards[shard][kind][start * hop:(start + frames) * hop])
         return np.stack(cut).astype(np.float32) / {"mel": 1, "audio": 32767}[kind]
