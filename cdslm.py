@@ -39,33 +39,8 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from corpus import (  # noqa: F401
-    AUDIO_FILES,
-    FFT,
-    FLOOR,
-    FRAME_RATE,
-    HOP,
-    MELS,
-    RATE,
-    WINDOW,
-    Corpus,
-    UserError,
-    build_cache,
-    cache_root,
-    fingerprint,
-    keyed,
-    keyed_noise,
-    load_audio,
-    log_mel,
-    mel_bank,
-    open_corpus,
-    read_audio,
-    reason,
-    replacing,
-    resample,
-    save_audio,
-    stft,
-)
+from corpus import (DECODER_FFT, FRAME_RATE, HOP, MELS, UserError, griffin_lim, istft, keyed, keyed_noise, log_mel,
+                    open_corpus, pitch, pulses, reason, replacing, save_audio, stft, unmel)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Config. One dial, the depth L: the width is 128 L [paper], heads are 64 wide, and `--size` names a depth with the
@@ -194,9 +169,6 @@ class Config:
 # (Dudley, 1939): a hum at the pitch heard in the frames, and a hiss. For each bin it says how loud, how harmonic, and
 # how much of it hums. Two Griffin-Lim steps then make neighbours agree.
 
-DECODER_FFT = WINDOW       # the decoder's own STFT: not padded with zeros, so that every bin tells something new
-
-
 class ConvNeXt(nn.Module):
     """(B, C, T) -> (B, C, T): depthwise convolution over time, then an MLP over channels (Liu et al., 2022)."""
 
@@ -285,96 +257,58 @@ class AudioAutoencoder(nn.Module):
             waves.append(istft(spectrum)[:, (start - first) * HOP:(stop - first) * HOP])
         return torch.cat(waves, dim=1)
 
-    def loss(self, wave, dtype=torch.float32, kl_weight=1e-2, blur=0.1):
-        """Of (B, N) samples: the bottleneck's; then log-mel and STFT magnitudes at three resolutions, as decoded."""
-        total, target = 0.0, log_mel(wave)
-        mel = (target - self.mel_stats[0]) / self.mel_stats[1]
-        if self.latent_dim:
-            mean, logvar = self.encoder(mel.mT).mT.chunk(2, dim=-1)
-            again = self.unlatent((mean + torch.randn_like(mean) * (0.5 * logvar).exp()).mT).mT
-            total = 5 * F.l1_loss(again, mel) + kl_weight * 0.5 * (mean ** 2 + logvar.exp() - 1 - logvar).mean()
-            mel = again.detach()
-        if self.decoder == "neural":
-            mel = mel + blur * torch.rand_like(mel[:, :1, :1]) * torch.randn_like(mel)  # generated frames aren't clean
-            guess = istft(self.spectrum(mel, torch.randn_like(wave[:1]), dtype=dtype)[0])
-            total = total + 5 * F.l1_loss(log_mel(guess), target)
-            for fft in (512, 1024, 2048):
-                a, b = (stft(x, fft, fft // 4, fft).abs() for x in (guess, wave))
-                total = total + 3 * (a - b).norm() / b.norm().clamp(min=1e-3)
-                total = total + F.l1_loss((a + 1e-4).log(), (b + 1e-4).log())
+    def bottleneck_loss(self, wave, dtype=torch.float32, kl_weight=1e-3):
+        """Of (B, N) samples: log-mel through the latents, and the latents' divergence from a standard normal."""
+        mel = (log_mel(wave) - self.mel_stats[0]) / self.mel_stats[1]
+        with torch.autocast(wave.device.type, dtype, enabled=dtype != torch.float32):
+            mean, logvar = self.encoder(mel.mT).float().chunk(2, dim=1)     # (B, latent_dim, T) each
+            again = self.unlatent(mean + torch.randn_like(mean) * (0.5 * logvar).exp()).float().mT
+        return F.l1_loss(again, mel) + kl_weight * 0.5 * (mean ** 2 + logvar.exp() - 1 - logvar).mean()
+
+    def decoder_loss(self, wave, dtype=torch.float32, blur=0.1):
+        """Of (B, N) samples, decoded: log-mel, and STFT magnitudes at three resolutions."""
+        target = log_mel(wave)
+        with torch.no_grad():
+            mel = self.to_mel(self.from_mel(target))
+        mel = mel + blur * torch.rand_like(mel[:, :1, :1]) * torch.randn_like(mel)      # generated frames aren't clean
+        guess = istft(self.spectrum(mel, torch.randn_like(wave[:1]), dtype=dtype)[0])
+        total = 5 * F.l1_loss(log_mel(guess), target)
+        for fft in (512, 1024, 2048):
+            a, b = (stft(x, fft, fft // 4, fft).abs() for x in (guess, wave))
+            total = total + 3 * (a - b).norm() / b.norm().clamp(min=1e-3)
+            total = total + F.l1_loss((a + 1e-4).log(), (b + 1e-4).log())
         return total
 
 
-def unmel(mel, iterations=3):
-    """(B, T, 80) log-mel -> (B, 601, T) magnitudes, none negative, with that mel (Richardson, 1972; Lucy, 1974)."""
-    bank, mel = mel_bank(DECODER_FFT).to(mel.device), mel.exp().mT          # (80, 601), (B, 80, T)
-    spread = bank.T / bank.sum(0)[:, None].clamp(min=1e-8)
-    magnitude = (spread @ (mel / bank.sum(1)[:, None])).clamp(min=1e-7)
-    for _ in range(iterations):
-        magnitude = (magnitude * (spread @ (mel / (bank @ magnitude)))).clamp(min=1e-7)
-    return magnitude
-
-
-@torch.no_grad()
-def pitch(magnitude, low=60, high=420):
-    """(B, 601, T) magnitudes -> (B, T) pitch in Hz and (B, T) how periodic, at most 1: the peak of the autocorrelation,
-    the Fourier transform of the spectrum; here below 5 kHz, and compressed, so that no formant drowns the others."""
-    band = F.pad(magnitude[:, 2:5000 * DECODER_FFT // RATE] ** 0.7, (0, 0, 2, 0))
-    echo = torch.fft.irfft(band, 2 * DECODER_FFT, dim=1)                    # (B, lag in half samples, T)
-    voiced, lag = (echo[:, 2 * RATE // high:2 * RATE // low] / echo[:, :1].clamp(min=1e-9)).max(1)
-    hertz = 2 * RATE / (lag + 2 * RATE // high)
-    return F.pad(hertz, (2, 2), mode="replicate").unfold(1, 5, 1).median(-1).values, voiced  # no octave jumps
-
-
-def pulses(hertz, start, turns):
-    """(B, T) pitch -> (B, 300 T) pulses, with harmonics up to 12 kHz, and their phase: `turns` at frame `start`."""
-    hertz = F.interpolate(hertz[:, None].cpu(), scale_factor=HOP, mode="linear")[:, 0]
-    phase = F.pad((hertz.double() / RATE).cumsum(1), (1, 0))               # on the CPU: not every device has doubles
-    phase = phase[:, 1:] - phase[:, start * HOP, None] + turns
-    phase = phase - phase.round()
-    count, swing = RATE / 2 / hertz, torch.sin(math.pi * phase.float())     # how many harmonics there are
-    return count.sqrt() * torch.exp(-0.5 * (count * swing) ** 2), phase
-
-
-def istft(spectrum):
-    """(B, 601, T) complex -> (B, 300 T) samples; inverse of `stft(wave, DECODER_FFT)`."""
-    window = torch.hann_window(WINDOW, device=spectrum.device)
-    return torch.istft(spectrum, DECODER_FFT, HOP, WINDOW, window, center=True, length=HOP * spectrum.shape[-1])
-
-
-def griffin_lim(magnitude, iterations, phase, momentum=0.99):
-    """(B, 601, T) magnitudes, phases (complex, length 1) -> spectrum with consistent ones (Perraudin et al., 2013)."""
-    before = None
-    for _ in range(iterations):
-        after = stft(istft(magnitude * phase), DECODER_FFT)
-        phase, before = (after if before is None else after - before * (momentum / (1 + momentum))).sgn(), after
-    return magnitude * phase
-
-
 def fit_autoencoder(config, corpus, device):
-    """Set the frame statistics and train the decoder (and the bottleneck) for `decoder_steps`; deterministic."""
+    """Set the frame statistics, then train the bottleneck, if there is one, and the decoder; deterministic."""
     torch.manual_seed(config.seed)
     model = AudioAutoencoder(config.latent_dim, config.decoder)
     model.mel_stats.copy_(torch.tensor(corpus.mel_stats()[:2]))
-    model, dtype, steps = model.to(device), decide(config)[1], config.decoder_steps
-    if config.decoder == "griffinlim" and not config.latent_dim:
-        return model.eval()                                                 # nothing to learn
+    model, dtype = model.to(device), decide(config)[1]
+    if config.latent_dim:
+        train_part(model, model.bottleneck_loss, "bottleneck", 4 * config.decoder_steps, config, corpus, dtype)
+        with torch.no_grad():                                               # diffusion expects deviation 1
+            keys = [keyed(config.seed, "latents", i) for i in range(256)]
+            latents = model.from_mel(torch.from_numpy(corpus.windows("mel", "train", keys, 48)).to(device))
+        model.latent_stats.copy_(torch.stack([latents.mean(), latents.std()]))
+    if config.decoder == "neural":
+        train_part(model, model.decoder_loss, "decoder", config.decoder_steps, config, corpus, dtype)
+    return model.eval().requires_grad_(False)
+
+
+def train_part(model, loss_of, name, steps, config, corpus, dtype):
+    """AdamW under a cosine for the part of the autoencoder that this loss reaches."""
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.8, 0.99), weight_decay=0.01)
-    for step in tqdm(range(steps), desc="autoencoder", unit="step"):
-        keys = [keyed(config.seed, "autoencoder", step * 16 + i) for i in range(16)]
-        loss = model.loss(torch.from_numpy(corpus.windows("audio", "train", keys, 48)).to(device), dtype)
+    for step in tqdm(range(steps), desc=name, unit="step"):
+        keys = [keyed(config.seed, name, step * 16 + i) for i in range(16)]
+        loss = loss_of(torch.from_numpy(corpus.windows("audio", "train", keys, 48)).to(model.mel_stats.device), dtype)
         decay = 0.02 + 0.98 * math.cos(math.pi / 2 * step / steps) ** 2
         optimizer.param_groups[0]["lr"] = 4e-3 * min(1, (step + 1) / 20) * decay
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 10)
         optimizer.step()
-    model.eval().requires_grad_(False)
-    if config.latent_dim:                                                   # diffusion expects deviation 1
-        keys = [keyed(config.seed, "latents", i) for i in range(256)]
-        latents = model.from_mel(torch.from_numpy(corpus.windows("mel", "train", keys, 48)).to(device))
-        model.latent_stats.copy_(torch.stack([latents.mean(), latents.std()]))
-    return model
 
 
 def open_autoencoder(config, corpus, device):
@@ -913,7 +847,7 @@ def forecast(config, device, dtype):
     ctx, x0 = (torch.randn(micro, n, config.channels, device=device) for n in (config.ctx_frames, config.gen_frames))
 
     def decoder_step():
-        autoencoder.loss(wave, dtype).backward()
+        autoencoder.decoder_loss(wave, dtype).backward()
 
     def training_step():
         for _ in range(config.batch_size // micro):
@@ -924,7 +858,7 @@ def forecast(config, device, dtype):
             optimizer.step()
 
     fastest = []
-    for step in [decoder_step] * (config.decoder == "neural" or config.latent_dim > 0) + [training_step]:
+    for step in [decoder_step] * (config.decoder == "neural") + [training_step]:
         times = [time.perf_counter()]
         for _ in range(4):
             step()

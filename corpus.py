@@ -1,6 +1,6 @@
 """From recordings, or toy speech, to windows of log-mel frames: all that happens before the model.
 
-    Sound     a file -> 24 kHz samples -> 80 log-mel bands, 80 frames a second
+    Sound     a file -> 24 kHz samples -> 80 log-mel bands, 80 frames a second; and, by signal processing alone, back
     Corpus    a folder of recordings, or the toy corpus -> a cache on disk -> windows for training and validation
 
     corpus = open_corpus(Config(data="my_recordings"))
@@ -68,6 +68,7 @@ def replacing(path, keep=None):
 
 RATE, HOP, WINDOW, FFT, MELS, FLOOR = 24_000, 300, 1200, 2048, 80, 1e-5
 FRAME_RATE = RATE // HOP
+DECODER_FFT = WINDOW       # on the way back frames are not padded with zeros, so that every bin tells something new
 AUDIO_FILES = set(".wav .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .au .caf .w64 .rf64 .sph".split())
 
 
@@ -146,6 +147,52 @@ def save_audio(path, wave):
     wave = wave.detach().float().cpu().numpy()
     with replacing(path) as temporary:
         soundfile.write(temporary, wave / max(1.0, np.abs(wave).max(initial=0)), RATE, format="WAV", subtype="PCM_16")
+
+
+def unmel(mel, iterations=3):
+    """(B, T, 80) log-mel -> (B, 601, T) magnitudes, none negative, with that mel (Richardson, 1972; Lucy, 1974)."""
+    bank, mel = mel_bank(DECODER_FFT).to(mel.device), mel.exp().mT          # (80, 601), (B, 80, T)
+    spread = bank.T / bank.sum(0)[:, None].clamp(min=1e-8)
+    magnitude = (spread @ (mel / bank.sum(1)[:, None])).clamp(min=1e-7)
+    for _ in range(iterations):
+        magnitude = (magnitude * (spread @ (mel / (bank @ magnitude)))).clamp(min=1e-7)
+    return magnitude
+
+
+@torch.no_grad()
+def pitch(magnitude, low=60, high=420):
+    """(B, 601, T) magnitudes -> (B, T) pitch in Hz and (B, T) how periodic, at most 1: the peak of the autocorrelation,
+    the Fourier transform of the spectrum; here below 5 kHz, and compressed, so that no formant drowns the others."""
+    band = F.pad(magnitude[:, 2:5000 * DECODER_FFT // RATE] ** 0.7, (0, 0, 2, 0))
+    echo = torch.fft.irfft(band, 2 * DECODER_FFT, dim=1)                    # (B, lag in half samples, T)
+    voiced, lag = (echo[:, 2 * RATE // high:2 * RATE // low] / echo[:, :1].clamp(min=1e-9)).max(1)
+    hertz = 2 * RATE / (lag + 2 * RATE // high)
+    return F.pad(hertz, (2, 2), mode="replicate").unfold(1, 5, 1).median(-1).values, voiced  # no octave jumps
+
+
+def pulses(hertz, start, turns):
+    """(B, T) pitch -> (B, 300 T) pulses, with harmonics up to 12 kHz, and their phase: `turns` at frame `start`."""
+    hertz = F.interpolate(hertz[:, None].cpu(), scale_factor=HOP, mode="linear")[:, 0]
+    phase = F.pad((hertz.double() / RATE).cumsum(1), (1, 0))               # on the CPU: not every device has doubles
+    phase = phase[:, 1:] - phase[:, start * HOP, None] + turns
+    phase = phase - phase.round()
+    count, swing = RATE / 2 / hertz, torch.sin(math.pi * phase.float())     # how many harmonics there are
+    return count.sqrt() * torch.exp(-0.5 * (count * swing) ** 2), phase
+
+
+def istft(spectrum):
+    """(B, 601, T) complex -> (B, 300 T) samples; inverse of `stft(wave, DECODER_FFT)`."""
+    window = torch.hann_window(WINDOW, device=spectrum.device)
+    return torch.istft(spectrum, DECODER_FFT, HOP, WINDOW, window, center=True, length=HOP * spectrum.shape[-1])
+
+
+def griffin_lim(magnitude, iterations, phase, momentum=0.99):
+    """(B, 601, T) magnitudes, phases (complex, length 1) -> spectrum with consistent ones (Perraudin et al., 2013)."""
+    before = None
+    for _ in range(iterations):
+        after = stft(istft(magnitude * phase), DECODER_FFT)
+        phase, before = (after if before is None else after - before * (momentum / (1 + momentum))).sgn(), after
+    return magnitude * phase
 
 
 # ----------------------------------------------------------------------------------------------------------------------
