@@ -209,6 +209,11 @@ def fingerprint(text):
     return hashlib.blake2b(os.fsencode(text), digest_size=4).hexdigest()
 
 
+def printable(name):
+    """A file name as it can be printed and hashed, whatever bytes are in it."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
 def cache_root():
     """Where corpora are cached: $CDSLM_CACHE, or ~/.cache/cdslm."""
     return Path(os.environ.get("CDSLM_CACHE") or Path.home() / ".cache" / "cdslm")
@@ -238,6 +243,8 @@ def toy_source(config):
     from toyspeech import VERSION, ToySpeech
     toy, count = ToySpeech(config.toy_languages, config.toy_words), max(2, round(config.toy_hours * 180))
     stretches = [Stretch(f"utterance {i}", 20.0, [i]) for i in range(count)]
+    bits = ", ".join(f"{toy.entropy_per_phone(language):.2f}" for language in range(config.toy_languages))
+    print(f"toy speech, version {VERSION}: {config.toy_words} words a language; {bits} bits a phone in each")
     return Source(f"toy-{config.toy_languages}x{config.toy_words}-{count}", f"{CACHE_VERSION} {VERSION}", stretches,
                   lambda stretch: torch.from_numpy(toy.utterance(stretch.parts[0], stretch.seconds).wave), {})
 
@@ -249,7 +256,7 @@ def folder_source(config):
         raise UserError(f"--data {config.data}: no such folder")
     files = sorted(path for path in root.rglob("*") if path.suffix.lower() in AUDIO_FILES)
     for path in files:
-        name = path.relative_to(root).as_posix()
+        name = printable(path.relative_to(root).as_posix())
         try:
             stat, seconds = path.stat(), soundfile.info(path).duration
             if not seconds:
@@ -276,7 +283,7 @@ def folder_source(config):
             try:
                 waves += list(read_audio(path, start, stop))
             except UserError as error:
-                skipped[path.relative_to(root).as_posix()] = str(error)
+                skipped[printable(path.relative_to(root).as_posix())] = reason(error)
         return torch.cat(waves)
 
     where = str(root.resolve())
@@ -408,4 +415,6 @@ def open_corpus(config):
     if corpus.skipped:
         named = "; ".join(f"{name} ({why})" for name, why in list(corpus.skipped.items())[:5])
         print(f"left out {len(corpus.skipped)} files that can't be used: {named}{'; ...' * (len(corpus.skipped) > 5)}")
+    print(f"{corpus.hours('train'):.2f} hours of speech to learn from, {corpus.hours('valid'):.2f} held out; "
+          f"{corpus.mel_stats()[2]} of {MELS} bands are alive")
     return corpus
