@@ -28,9 +28,9 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from cdslm import (AUDIO_FILES, FRAME_RATE, HOP, MELS, RATE, Parser, UserError, cache_root, cli,  # noqa: I001
-                   decide, fingerprint, guided, keyed_noise, load, load_audio, load_run, log_mel, open_corpus,
-                   reason, replacing, resample, sample, save)
+from cdslm import Parser, cli, decide, guided, load, load_run, sample, save
+from corpus import (AUDIO_FILES, FRAME_RATE, HOP, MELS, RATE, UserError, cache_root, fingerprint, keyed_noise,
+                    load_audio, log_mel, open_corpus, reason, replacing, resample)
 from toyspeech import STYLES, SYMBOLS, VERSION, VOWELS, ToySpeech
 
 NS, ENOUGH = (1, 2, 3, 4, 5), 200      # n-grams; phones without which there is no value to report
@@ -165,9 +165,10 @@ class Listener(nn.Module):
         return self.hear(log_mel(resample(wave, rate)[None]))["clips"][0]
 
 
-def batched(work, x, desc=None):
-    """work(x) for x (B, ...), 32 at a time."""
-    return torch.cat([work(part) for part in tqdm(x.split(32), desc=desc, unit="batch", leave=False, disable=not desc)])
+def batched(work, x, desc=None, size=8):
+    """work(x) of x (B, ...), a few at a time: a small batch stays in memory that is warm."""
+    parts = tqdm(x.split(size), desc=desc, unit="batch", leave=False, disable=not desc)
+    return torch.cat([work(part) for part in parts])
 
 
 def spans(frames, shortest=3):
@@ -495,17 +496,17 @@ def judge_run(arguments):
             raise UserError("a toy run is judged by the toy recogniser; for another, judge a folder of what it says")
         toy, listener, name = ToySpeech(config.toy_languages, config.toy_words), load_listener(), "toy"
         waves, spoken = speak(toy, CONTEXTS, count, n + m, "contexts")
-        reference, _ = speak(toy, REFERENCE, 4 * count, m, "reference")
+        reference, _ = speak(toy, REFERENCE, 3 * count, m, "reference")
         for u in spoken:
             u.phone, u.word = u.phone[n:], u.word[n:]
     else:
         toy, name = None, name or "hama"
         phones = recogniser(name)
-        waves, reference = windows(corpus, "valid", n + m, count), windows(corpus, "train", m, 4 * count)
+        waves, reference = windows(corpus, "valid", n + m, count), windows(corpus, "train", m, 3 * count)
 
     def network(work, x, desc=None):
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            return batched(work, x, desc).float()
+            return batched(work, x, desc, size=32).float()
 
     def sound(x):
         return batched(lambda part: autoencoder.decode(part).cpu(), x, "decoding")

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import cdslm
-from cdslm import UserError, claim, load, load_run, newest, read_config, save
+from cdslm import claim, load, load_run, newest, read_config, save
+from corpus import UserError
 
 
 class Bomb:

@@ -4,7 +4,8 @@ import json
 import pytest
 
 import cdslm
-from cdslm import SIZES, Config, UserError, parse
+from cdslm import SIZES, Config, parse
+from corpus import UserError
 
 
 def test_help_names_every_field_and_its_meaning(capsys):

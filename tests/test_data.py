@@ -5,9 +5,8 @@ import pytest
 import soundfile
 import torch
 
-import cdslm
 import corpus as room
-from cdslm import HOP, RATE, UserError, log_mel, open_corpus
+from corpus import HOP, RATE, UserError, keyed, keyed_noise, log_mel, open_corpus
 from tests.conftest import speech_like
 
 
@@ -36,7 +35,7 @@ def numbered(folder, name, seconds, sign=1):
 
 
 def cache_of(folder):
-    return f"{folder.name}-{cdslm.fingerprint(str(folder.resolve()))}"
+    return f"{folder.name}-{room.fingerprint(str(folder.resolve()))}"
 
 
 def heard(corpus, split):
@@ -72,7 +71,7 @@ def test_a_window_is_one_piece_of_one_recording_and_every_start_is_as_likely(cor
     numbered(folder, "up.wav", 100)
     numbered(folder, "down.wav", 30, sign=-1)
     opened = corpus()
-    audio = np.round(opened.windows("audio", "train", [cdslm.keyed(1, "place", i) for i in range(2000)], 96) * 32767)
+    audio = np.round(opened.windows("audio", "train", [keyed(1, "place", i) for i in range(2000)], 96) * 32767)
     frames = audio[:, HOP // 2::HOP]
     assert (frames == frames[:, :1] + np.sign(frames[:, :1]) * np.arange(96)).all()
     assert 0.15 < (frames < 0).mean() < 0.33 and len(np.unique(frames[:, 0])) > 700
@@ -112,7 +111,7 @@ def test_a_new_file_moves_no_other_between_the_splits(corpus, folder, seconds, m
         return {split: {round(100 * level) for level in corpus_now.windows("audio", split, keys, 1)[:, 0]}
                 for corpus_now in [corpus()] for split in ("train", "valid")}
 
-    keys = [cdslm.keyed(2, "split", i) for i in range(4000)]
+    keys = [keyed(2, "split", i) for i in range(4000)]
     for level in range(10, 65):
         record(folder, f"{level}.wav", wave=np.full(seconds * 8000, level / 100), rate=8000)
     before = splits()
@@ -214,7 +213,7 @@ def test_a_folder_without_sound_is_a_users_error(corpus, folder):
 def test_statistics_are_one_mean_and_one_deviation_over_all_bands(corpus, folder):
     record(folder, "a.wav", 60)
     opened = corpus()
-    mel = opened.windows("mel", "train", [cdslm.keyed(9, "check", i) for i in range(400)], 96)
+    mel = opened.windows("mel", "train", [keyed(9, "check", i) for i in range(400)], 96)
     mean, deviation, live = opened.mel_stats()
     assert (mean, deviation) == (pytest.approx(mel.mean(), abs=0.05), pytest.approx(mel.std(), rel=0.05))
     assert live == 80
@@ -237,7 +236,6 @@ def test_toy_speech_is_the_corpus_of_toyspeech(small):
 
 
 def test_randomness_is_keyed():
-    from cdslm import keyed, keyed_noise
     assert keyed(0, "window", 5) == keyed(0, "window", 5)
     assert len({keyed(s, p, i) for s in range(3) for p in ("window", "noise") for i in range(50)}) == 300
     values = np.array([keyed(0, "x", i) / 2 ** 63 for i in range(2000)])
@@ -260,6 +258,6 @@ def test_frames_join_without_a_seam_where_minutes_do(corpus, folder):
     record(folder, "a.wav", 130)
     opened = corpus()
     for split in ("train", "valid"):
-        audio = opened.windows("audio", split, [cdslm.keyed(3, "seam", i) for i in range(300)], 96)
-        mel = opened.windows("mel", split, [cdslm.keyed(3, "seam", i) for i in range(300)], 96)
+        audio = opened.windows("audio", split, [keyed(3, "seam", i) for i in range(300)], 96)
+        mel = opened.windows("mel", split, [keyed(3, "seam", i) for i in range(300)], 96)
         assert np.abs(log_mel(torch.from_numpy(audio)).numpy() - mel)[:, 4:-4].max() < 0.02

@@ -5,7 +5,7 @@ import torch
 
 import cdslm
 import sample as speak
-from cdslm import FRAME_RATE, HOP, RATE, UserError, load_audio
+from corpus import FRAME_RATE, HOP, RATE, UserError, load_audio
 from tests.conftest import command, speech_like
 
 

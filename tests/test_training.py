@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 
-import cdslm
-from cdslm import Trainer, UserError, load, open_autoencoder, open_corpus, train
+from cdslm import Trainer, load, open_autoencoder, train
+from corpus import UserError, load_audio, open_corpus
 from tests.conftest import ROOT, SMALL, command, flags, speech_like
 
 REAL = ROOT.parent / "shared/data/fsdd"
@@ -260,7 +260,7 @@ def test_schedules_are_validated_alike(trainer):
 def test_a_run_leaves_what_it_should(trained):
     folder, said = trained
     assert {"config.json", "checkpoint.pt", "checkpoint.previous.pt", "log.jsonl"} <= {p.name for p in folder.iterdir()}
-    sounds = {path.name: cdslm.load_audio(path) for path in folder.glob("*.wav")}
+    sounds = {path.name: load_audio(path) for path in folder.glob("*.wav")}
     assert len(sounds) == 12 and all(len(wave) == 96 * 300 for wave in sounds.values())
     for i in range(1, 5):
         context = slice(2400, 6000)
