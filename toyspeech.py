@@ -124,8 +124,8 @@ class ToySpeech:
     @staticmethod
     def _say(rng, language, steps, rate):
         """Walk the word chain until `steps` are filled: phone, word and length (in steps) of each segment, (S,)."""
-        segments, odds = [(0, -1, int(rng.integers(8, 32)))], language.frequency
-        while steps > 0:
+        segments, odds, before = [(0, -1, int(rng.integers(8, 32)))], language.frequency, 0
+        while (steps := steps - sum(length for *_, length in segments[before:])) > 0:
             before = len(segments)
             word = int(rng.choice(len(odds), p=odds))
             odds = language.follows[word]
@@ -134,7 +134,6 @@ class ToySpeech:
                 segments.append((phone, word, max(4, round(milliseconds * RATE / 1000 / STEP))))
             if rng.random() < 1 / PAUSE_EVERY:
                 segments.append((0, -1, int(rng.integers(24, 64))))
-            steps -= sum(length for *_, length in segments[before:])
         return np.array(segments).T
 
     def entropy_per_phone(self, language=0):
