@@ -443,10 +443,10 @@ def memory(corpus, generated, true, hours=10):
     speech (of `hours` at most): medians, how often generated speech is the nearer (0.5 if it is like real speech), and
     whether that is more often than chance allows (three standard deviations of Mann & Whitney's U)."""
     middle = max(0, generated.shape[1] // 2 - 42)
-    both, blocks = torch.cat([generated, true]), np.random.default_rng(0).permutation(corpus.blocks["train"])
+    both, runs = torch.cat([generated, true]), np.random.default_rng(0).permutation(corpus.runs["train"])
     seconds = torch.cat([glimpses(both[:, middle + phase:middle + phase + 80]) for phase in range(4)], dim=1)
     best, heard = torch.full(seconds.shape[:2], -1.0), 0
-    for shard, start, length in tqdm(blocks.tolist(), desc="looking for copies", unit="block", leave=False):
+    for shard, start, length in tqdm(runs.tolist(), desc="looking for copies", unit="run", leave=False):
         if heard < hours * 3600 * FRAME_RATE and length >= 80:
             keys = glimpses(torch.from_numpy(corpus.shards[shard]["mel"][start:start + length])[None])[0]
             best = torch.maximum(best, (seconds @ keys.T).amax(2))
@@ -478,7 +478,7 @@ def judge_folders(generated, reference, name):
 
 def windows(corpus, split, frames, count):
     """At most `count` windows from all over a corpus, of which no two overlap: (B, N)."""
-    places = [(shard, start + at) for shard, start, length in corpus.blocks[split]
+    places = [(shard, start + at) for shard, start, length in corpus.runs[split]
               for at in range(0, length - frames + 1, frames)]
     cut = [corpus.shards[shard]["audio"][at * HOP:(at + frames) * HOP]
            for shard, at in np.random.default_rng(0).permutation(places)[:count]]
