@@ -46,11 +46,12 @@ from corpus import (DECODER_FFT, FRAME_RATE, HOP, MELS, UserError, griffin_lim, 
 # Config. One dial, the depth L: the width is 128 L [paper], heads are 64 wide, and `--size` names a depth with the
 # window and the budget that suit it. Any field overrides it: `--steps 500`, `Config(size="tiny", steps=500)`.
 
-PAPER = dict(ctx_seconds=10.0, gen_seconds=30.0, patch_size=4, predict="v", self_condition=0.0, optimizer="adamw")
-# DEVIATION: on a laptop, predicting x0 in long patches, self-conditioning and Muon reach words several times sooner
-LAPTOP = dict(patch_size=8, predict="x0", self_condition=0.5, optimizer="muon", batch_size=32)
+PAPER = dict(ctx_seconds=10.0, gen_seconds=30.0, patch_size=4, predict="v", self_condition=0.0, t_shift=0.0,
+             optimizer="adamw")
+# DEVIATION: on a laptop, predicting x0 in long patches, first guesses, more noise and Muon reach words much sooner
+LAPTOP = dict(patch_size=8, predict="x0", self_condition=0.5, t_shift=1.0, optimizer="muon", batch_size=32)
 SIZES = {
-    "tiny": LAPTOP | dict(depth=2, ctx_seconds=1.0, gen_seconds=3.0, steps=5000),
+    "tiny": LAPTOP | dict(depth=2, ctx_seconds=1.0, gen_seconds=3.0, steps=4500),
     "small": LAPTOP | dict(depth=3, ctx_seconds=2.0, gen_seconds=6.0, steps=40_000),
     "base": PAPER | dict(depth=4, batch_size=64, steps=100_000),
     "medium": PAPER | dict(depth=8, batch_size=256, steps=200_000),
@@ -81,7 +82,7 @@ class Config:
     latent_dim: int = opt(0, "0: diffuse log-mel (the paper); 16, say: diffuse that many learned latents a frame",
                           least=0, section="sound")
     decoder: str = opt("neural", "frames to sound: learned, or Griffin-Lim (no training)", "neural", "griffinlim")
-    decoder_steps: int = opt(250, "training steps of the learned decoder", least=0)
+    decoder_steps: int = opt(300, "training steps of the learned decoder", least=0)
 
     depth: int = opt(None, "number of blocks L", above=0, section="network")
     width: int = opt(None, "model width d; 128 L unless you say otherwise", above=0)
@@ -93,7 +94,7 @@ class Config:
     schedule: str = opt("cosine", "noise schedule", "cosine", "linear", "exponential")
     zero_terminal_snr: bool = opt(False, "noise all the way: no trace of speech is left at t = 1")
     min_snr_gamma: float = opt(5.0, "cap of the loss weight min(SNR, gamma)", above=0)
-    t_shift: float = opt(0.0, "train more at high noise, where language is decided: logit(t) is shifted by this")
+    t_shift: float = opt(None, "train more at high noise, where language is decided: logit(t) plus this (the paper: 0)")
     ctx_drop: float = opt(0.0, "share of training contexts replaced by silence (the paper: none)", least=0)
 
     steps: int = opt(None, "optimiser steps; a larger number extends a finished run", above=0, section="training")
@@ -101,7 +102,7 @@ class Config:
     micro_batch: int = opt(0, "windows a forward pass, to save memory; 0: all at once", least=0)
     optimizer: str = opt(None, "for the hidden matrices; all else is AdamW's, as in the paper", "adamw", "muon")
     lr: float = opt(1e-3, "AdamW learning rate of the base model (L = 4); other sizes follow by muP", above=0)
-    muon_lr: float = opt(0.01, "Muon learning rate, the same at every width", above=0)
+    muon_lr: float = opt(0.02, "Muon learning rate, the same at every width", above=0)
     weight_decay: float = opt(0.03, "AdamW weight decay of the base model", least=0)
     lr_schedule: str = opt("wsd", "warm-up, stable, linear decay; or warm-up and cosine", "wsd", "cosine")
     warmup: int = opt(100, "steps until the full learning rate", least=0)
@@ -525,7 +526,7 @@ def count(config):
 # Sampler. From noise at the largest angle to clean frames at 0, in equal steps of the angle; each asks for x0.
 
 @torch.no_grad()
-def sample(model, context, frames=None, steps=24, cfg=1.5, sampler="dpm", seed=0, progress=False):
+def sample(model, context, frames=None, steps=48, cfg=1.5, sampler="dpm", seed=0, progress=False):
     """Continue `context` (B, Tc, C) by `frames` frames, by default one window -> (B, frames, C) on its device.
 
     `cfg` is the guidance, 1 for none. Beyond a window, what was said last is the next context. The noise of item i
