@@ -433,7 +433,7 @@ def draw_decided(rows, path):
 
 def glimpses(mel, stride=1):
     """Log-mel (B, T, 80) -> (B, W, 320): each second of it in 20 steps and 16 bands, level and contrast removed."""
-    mel = mel[:, :mel.shape[1] // 4 * 4].float().unflatten(1, (-1, 4)).unflatten(3, (16, 5)).mean((2, 4))
+    mel = mel[:, :mel.shape[1] // 4 * 4].unflatten(1, (-1, 4)).unflatten(3, (16, 5)).mean((2, 4))
     seconds = mel.unfold(1, 20, stride).flatten(2)
     return F.normalize(seconds - seconds.mean(2, keepdim=True), dim=2)
 
@@ -448,7 +448,7 @@ def memory(corpus, generated, true, hours=10):
     best, heard = torch.full(seconds.shape[:2], -1.0), 0
     for shard, start, length in tqdm(runs.tolist(), desc="looking for copies", unit="run", leave=False):
         if heard < hours * 3600 * FRAME_RATE and length >= 80:
-            keys = glimpses(torch.from_numpy(corpus.shards[shard]["mel"][start:start + length])[None])[0]
+            keys = glimpses(torch.from_numpy(corpus.shards[shard]["mel"][start:start + length].astype(np.float32))[None])[0]
             best = torch.maximum(best, (seconds @ keys.T).amax(2))
             heard += length
     mine, theirs = (2 - 2 * best.amax(1)).clamp(min=0).sqrt().split((len(generated), len(true)))
@@ -500,6 +500,8 @@ def judge_run(arguments):
         for u in spoken:
             u.phone, u.word = u.phone[n:], u.word[n:]
     else:
+        if arguments.decided or name == "text":
+            raise UserError(f"{'--decided' if arguments.decided else '--recognizer text'} is not for runs on recordings")
         toy, name = None, name or "hama"
         phones = recogniser(name)
         waves, reference = windows(corpus, "valid", n + m, count), windows(corpus, "train", m, 3 * count)
