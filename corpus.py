@@ -46,9 +46,9 @@ def keyed_noise(seed, purpose, index, shape, device):
 @contextlib.contextmanager
 def replacing(path, keep=None):
     """Write a file whole or not at all: yields a temporary path that becomes `path` unless something goes wrong. What
-    was there before is kept under the name `keep`."""
+    was there before is kept under the name `keep`. One process at a time: see `lock`."""
     path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")            # what a killed run leaves, the next one writes over
     try:
         yield temporary
         with open(temporary, "rb+") as file:
@@ -56,10 +56,25 @@ def replacing(path, keep=None):
         if keep and path.exists():
             os.replace(path, keep)
         os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path} could not be written ({error.strerror or error}); what was there is kept") from None
+    except (OSError, RuntimeError) as error:  # torch and libsndfile raise the latter, and don't say why
+        full = path.parent.is_dir() and shutil.disk_usage(path.parent).free < 2 ** 20
+        why = "the disk is full" if full else getattr(error, "strerror", None) or reason(error)
+        raise UserError(f"{path} could not be written ({why}); what was there is kept") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def lock(path, wait=False):
+    """Hold a file, for this process alone, until it is closed. None if another process holds it, unless we `wait`."""
+    file = open(path, "a")
+    try:
+        import fcntl  # not on Windows, where keeping two runs apart is left to the user
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except ImportError:
+        pass
+    except BlockingIOError:
+        return file.close()
+    return file
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -126,10 +141,13 @@ def read_audio(path, start=0, stop=math.inf):
                 before = min(at, rate)                         # minutes overlap by a second, so that none has an edge
                 file.seek(at - before)
                 piece = file.read(min(61 * rate, math.ceil(end) - at) + before, dtype="float32", always_2d=True)
+                if len(piece) <= before:
+                    break                                      # the header promised more
                 if not np.isfinite(piece).all():
                     raise UserError(f"{path}: contains NaN or infinite samples")
                 samples = -(-(min(60 * rate, len(piece) - before)) * RATE // rate)
-                yield resample(torch.from_numpy(piece.mean(1)), rate)[before * RATE // rate:][:samples]
+                mono = torch.from_numpy(piece.clip(-1, 1).mean(1))
+                yield resample(mono, rate)[before * RATE // rate:][:samples]
     except (soundfile.SoundFileError, OSError, RuntimeError, ValueError) as error:
         raise UserError(f"{path}: not readable as audio ({reason(error)})") from None
 
@@ -201,7 +219,7 @@ def griffin_lim(magnitude, iterations, phase, momentum=0.99):
 # int16 audio, which the decoder learns from, and float16 log-mel. A hash of its name and place decides whether a minute
 # is for training or for validation; where the two meet in one recording, a second is left out.
 
-CACHE_VERSION, SHARD_SECONDS, BLOCK_SECONDS, VALIDATION_SHARE = 1, 1800, 60, 0.06
+CACHE_VERSION, SHARD_SECONDS, BLOCK_SECONDS, VALIDATION_SHARE = 2, 1800, 60, 0.06
 
 
 def fingerprint(text):
@@ -210,8 +228,8 @@ def fingerprint(text):
 
 
 def printable(name):
-    """A file name as it can be printed and hashed, whatever bytes are in it."""
-    return name.encode("utf-8", "backslashreplace").decode()
+    """A file name as it can be printed on one line, and hashed, whatever is in it."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
 
 
 def cache_root():
@@ -258,11 +276,14 @@ def folder_source(config):
     for path in files:
         name = printable(path.relative_to(root).as_posix())
         try:
-            stat, seconds = path.stat(), soundfile.info(path).duration
-            if not seconds:
-                raise UserError("contains no samples")
+            stat = path.stat()
+            if not path.is_file():
+                raise UserError("not a file")                  # a pipe would keep us waiting
+            seconds = soundfile.info(path).duration
+            if not 0 < seconds <= stat.st_size:
+                raise UserError("its header promises more than it holds" if seconds else "contains no samples")
         except Exception as error:  # whatever a broken file makes the reader raise is that file's problem
-            skipped[name] = reason(error)
+            skipped[name] = printable(reason(error))
             continue
         prints.append(f"{name} {stat.st_size} {stat.st_mtime_ns}")
         last = stretches[-1] if stretches else None
@@ -283,7 +304,7 @@ def folder_source(config):
             try:
                 waves += list(read_audio(path, start, stop))
             except UserError as error:
-                skipped[printable(path.relative_to(root).as_posix())] = reason(error)
+                skipped[printable(path.relative_to(root).as_posix())] = printable(reason(error))
         return torch.cat(waves)
 
     where = str(root.resolve())
@@ -292,7 +313,7 @@ def folder_source(config):
 
 
 def build_cache(source):
-    """Cache every stretch of a source and return the cache's folder. A shard is complete once its .json is there, so an
+    """Cache every stretch of a source and return the open shards. A shard is complete once its .json is there, so an
     interrupted build goes on where it stopped. A source that has changed has another name, and is cached anew."""
     folder = cache_root() / f"{source.name}-{fingerprint(source.contents)}"
     for old in set(cache_root().glob(f"{source.name}-????????")) - {folder}:
@@ -303,20 +324,35 @@ def build_cache(source):
     except OSError as error:
         raise UserError(f"cache {folder}: {error.strerror}; set CDSLM_CACHE to a folder that can be written") from None
     ends = itertools.accumulate(stretch.seconds for stretch in source.stretches)
-    shards = itertools.groupby(zip(ends, source.stretches), lambda pair: pair[0] // SHARD_SECONDS)
-    missing = {folder / f"{int(number):05d}": [stretch for _, stretch in pairs] for number, pairs in shards
-               if not (folder / f"{int(number):05d}.json").exists()}
-    total = round(sum(stretch.seconds for stretches in missing.values() for stretch in stretches))
+    groups = itertools.groupby(zip(ends, source.stretches), lambda pair: pair[0] // SHARD_SECONDS)
+    plan = {folder / f"{int(number):05d}": [stretch for _, stretch in pairs] for number, pairs in groups}
+    with contextlib.suppress(ImportError, ValueError, OSError):  # each shard is two open files, half an hour of speech
+        import resource  # not on Windows
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    shards = {stem: open_shard(stem) for stem in plan}
+    if not all(shards.values()):
+        with lock(folder / ".lock", wait=True):                # another process may be making them
+            shards = {stem: open_shard(stem) for stem in plan}
+            make_shards({stem: stretches for stem, stretches in plan.items() if not shards[stem]}, source)
+            shards = {stem: shards[stem] or open_shard(stem) for stem in plan}
+    return list(shards.values())
+
+
+def make_shards(plan, source):
+    """Build {stem: stretches}, as many recordings at once as there are processors."""
+    total = round(sum(stretch.seconds for stretches in plan.values() for stretch in stretches))
     with (tqdm(total=total, desc="caching speech", unit="s", disable=not total) as bar,
           concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool):
-        for stem, stretches in missing.items():
+        for stem, stretches in plan.items():
+            if Path(f"{stem}.json").exists():
+                print(f"warning: {stem} in the cache is damaged; making it again")
             build_shard(stem, source, stretches, pool)
             bar.update(round(sum(stretch.seconds for stretch in stretches)))
-    return folder
 
 
 def build_shard(stem, source, stretches, pool):
-    """Write a shard: STEM.audio.npy (N,) int16, STEM.mel.npy (N/300, 80) float16, and last its contents, STEM.json."""
+    """Write a shard: STEM.audio.npy (N,) int16, STEM.mel.npy (N/300, 80) float16, and last STEM.json, what is in it."""
     def samples(stretch):
         wave = source.read(stretch)
         return (F.pad(wave, (0, -len(wave) % HOP)).clamp(-1, 1) * 32767).round().short().numpy()
@@ -333,23 +369,40 @@ def build_shard(stem, source, stretches, pool):
     for kind, array in arrays.items():
         with replacing(f"{stem}.{kind}.npy") as temporary, open(temporary, "wb") as file:
             np.save(file, array, allow_pickle=False)
-    contents = {"stretches": [[s.name, s.minute, len(w) // HOP] for s, w in zip(stretches, waves)]}
+    contents = {"stretches": [[s.name, s.minute, len(w) // HOP] for s, w in zip(stretches, waves)],
+                "skipped": dict(source.skipped)}
     with replacing(f"{stem}.json") as temporary:
-        temporary.write_text(json.dumps(contents | {"skipped": source.skipped}))
+        temporary.write_text(json.dumps(contents | {"seal": seal(contents | arrays)}))
+
+
+def seal(shard):
+    """What a shard is known by: its contents, the types and shapes of its arrays, and 64 frames spread over each."""
+    arrays = [shard["audio"].reshape(-1, HOP), shard["mel"].reshape(-1, MELS)]
+    frames = [(a.dtype.str, a.shape, a[::len(a) // 64 + 1].tobytes()) for a in arrays]
+    return fingerprint(f"{shard['stretches']} {shard['skipped']} {frames}")
+
+
+def open_shard(stem):
+    """A shard: its contents, and its arrays, left on the disk. None if it isn't there, or isn't as it was written."""
+    try:
+        shard = json.loads(Path(f"{stem}.json").read_text())
+        shard |= {kind: np.load(f"{stem}.{kind}.npy", "r", allow_pickle=False) for kind in ("mel", "audio")}
+        return shard if seal(shard) == shard["seal"] else None
+    except Exception as error:  # whatever a damaged file makes the readers raise; but not what the disk does
+        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+            raise
 
 
 class Corpus:
     """A cache, split into "train" and "valid" and served as windows. Any integer key names a window of a split; keys
     that are uniform make every start of a window equally likely."""
 
-    def __init__(self, folder, window):
-        self.shards, self.skipped, stretches = [], {}, []
-        for number, path in enumerate(sorted(folder.glob("*.json"))):
-            contents = json.loads(path.read_text())
-            self.skipped |= contents["skipped"]
-            self.shards.append({k: np.load(path.with_suffix(f".{k}.npy"), mmap_mode="r") for k in ("mel", "audio")})
+    def __init__(self, shards, window):
+        self.shards, self.skipped, stretches = shards, {}, []
+        for number, shard in enumerate(shards):
+            self.skipped |= shard["skipped"]
             start = 0
-            for name, minute, frames in contents["stretches"]:
+            for name, minute, frames in shard["stretches"]:
                 stretches.append((name, minute, number, start, frames))
                 start += frames
         self.runs, self.tables = self._split(stretches, window), {}
