@@ -448,8 +448,8 @@ def memory(corpus, generated, true, hours=10):
     best, heard = torch.full(seconds.shape[:2], -1.0), 0
     for shard, start, length in tqdm(runs.tolist(), desc="looking for copies", unit="run", leave=False):
         if heard < hours * 3600 * FRAME_RATE and length >= 80:
-            keys = glimpses(torch.from_numpy(corpus.shards[shard]["mel"][start:start + length].astype(np.float32))[None])[0]
-            best = torch.maximum(best, (seconds @ keys.T).amax(2))
+            mel = torch.from_numpy(corpus.shards[shard]["mel"][start:start + length].astype(np.float32))
+            best = torch.maximum(best, (seconds @ glimpses(mel[None])[0].T).amax(2))
             heard += length
     mine, theirs = (2 - 2 * best.amax(1)).clamp(min=0).sqrt().split((len(generated), len(true)))
     nearer = float((mine[:, None] < theirs).float().mean())
@@ -501,7 +501,7 @@ def judge_run(arguments):
             u.phone, u.word = u.phone[n:], u.word[n:]
     else:
         if arguments.decided or name == "text":
-            raise UserError(f"{'--decided' if arguments.decided else '--recognizer text'} is not for runs on recordings")
+            raise UserError(f"{'--decided' if arguments.decided else '--recognizer text'} is not for recordings")
         toy, name = None, name or "hama"
         phones = recogniser(name)
         waves, reference = windows(corpus, "valid", n + m, count), windows(corpus, "train", m, 3 * count)
