@@ -28,9 +28,11 @@ import functools
 import itertools
 import json
 import math
+import os
 import signal
 import sys
 import time
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,8 +41,8 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from corpus import (DECODER_FFT, FRAME_RATE, HOP, MELS, UserError, griffin_lim, istft, keyed, keyed_noise, log_mel,
-                    open_corpus, pitch, pulses, reason, replacing, save_audio, stft, unmel)
+from corpus import (DECODER_FFT, FRAME_RATE, HOP, MELS, UserError, griffin_lim, istft, keyed, keyed_noise, lock,
+                    log_mel, open_corpus, pitch, printable, pulses, reason, replacing, save_audio, stft, unmel)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Config. One dial, the depth L: the width is 128 L [paper], heads are 64 wide, and `--size` names a depth with the
@@ -639,8 +641,10 @@ def save(path, **contents):
 def load(path):
     """What `save` wrote. Raises UserError if the file is damaged, or not ours."""
     try:
+        with zipfile.ZipFile(path) as file:
+            flipped = file.testzip()                                          # torch does not look at the checksums
         contents = torch.load(path, map_location="cpu", weights_only=True)
-        if contents.get("format") == "cdslm 1":
+        if contents.get("format") == "cdslm 1" and not flipped:
             return contents
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
@@ -652,8 +656,11 @@ def load(path):
 def newest(folder, config=None):
     """The newest readable checkpoint of a run, None if there is none yet. Given a config to go on with, the newest that
     its learning-rate schedule leads through: a run made longer goes back to where the decay began."""
-    names, seen = ("checkpoint.pt", "checkpoint.previous.pt", "trunk.pt"), []
-    for name in (name for name in names if (folder / name).exists()):
+    names = [name for name in ("checkpoint.pt", "checkpoint.previous.pt", "trunk.pt") if (folder / name).exists()]
+    seen = []
+    if names and names[0] != "checkpoint.pt":
+        print(f"warning: {folder}/checkpoint.pt is missing; trying {names[0]}")
+    for name in names:
         try:
             seen.append(found := load(folder / name))
         except UserError as error:
@@ -677,23 +684,20 @@ def claim(config):
     folder = Path(config.out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")
+        held = lock(folder / ".lock")
     except OSError as error:
         raise UserError(f"--out {folder}: {error.strerror}") from None
-    try:
-        import fcntl  # not on Windows, where keeping two runs apart is left to the user
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:
-        pass
-    except OSError:
-        raise UserError(f"--out {folder}: another run is writing there") from None
+    if held is None:
+        raise UserError(f"--out {folder}: another run is writing there")
     mine = dataclasses.asdict(config)
     if (folder / "config.json").exists():
         theirs = dataclasses.asdict(read_config(folder))
         differ = [f"{k} {theirs[k]} -> {mine[k]}" for k in mine if k not in FREE and theirs[k] != mine[k]]
         if differ:
             raise UserError(f"--out {folder} holds another run ({', '.join(differ)}); choose another --out")
-    return lock
+    elif foreign := [*folder.glob("log.jsonl"), *folder.glob("[1-4]_*.wav")]:
+        raise UserError(f"--out {folder} holds {foreign[0].name}, but no config.json of a run; choose another --out")
+    return held
 
 
 def read_config(folder):
@@ -915,12 +919,18 @@ def learn(trainer, folder, signals):
         print(f"going on from step {trainer.done}")
     trim_log(folder / "log.jsonl", trainer.done)
     first, shown = trainer.done, {}
+
+    def keep(name):                                                           # what is saved is in the log already
+        log.flush()
+        os.fsync(log.fileno())
+        trainer.save(folder / name)
+
     with (tqdm(initial=first, total=config.steps, desc="training", unit="step") as bar,
           open(folder / "log.jsonl", "a") as log):
         begun = time.perf_counter()
         while trainer.done < config.steps and not signals:
             if config.lr_schedule == "wsd" and trainer.done == decay_start(config.steps):
-                trainer.save(folder / "trunk.pt")                             # a longer run will go on from here
+                keep("trunk.pt")                                              # a longer run will go on from here
             row = trainer.step()
             row["frames/s"] = (trainer.done - first) * rate / (time.perf_counter() - begun)
             due = trainer.done == config.steps or trainer.done % config.eval_every == 0
@@ -933,8 +943,7 @@ def learn(trainer, folder, signals):
             log.write(json.dumps(row) + "\n")
             bar.update()
             if due or signals:
-                log.flush()
-                trainer.save(folder / "checkpoint.pt")
+                keep("checkpoint.pt")
 
 
 def trim_log(path, step):
@@ -1000,15 +1009,19 @@ def dry_run(config):
 
 
 def cli(main):
-    """Run a program's `main`: a user's mistake is one line and exit status 2."""
+    """Run a program's `main`: a user's mistake, or the disk's, is one line and exit status 2; SIGTERM is as Ctrl-C."""
+    def terminated(number, frame):
+        raise KeyboardInterrupt(number)
+
+    signal.signal(signal.SIGTERM, terminated)
     try:
         main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, OSError) as error:
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         print("stopped; the same command goes on from what is done", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(128 + (stopped.args or [signal.SIGINT])[0])
 
 
 def main():
