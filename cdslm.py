@@ -64,9 +64,10 @@ SIZES = {
 }
 
 
-def opt(default, text, *choices, above=None, least=None, section=None):
+def opt(default, text, *choices, above=None, least=None, most=10 ** 9, section=None):
     """A field of Config: its default, its meaning, what it may be, and the section of --help that begins with it."""
-    return field(default=default, metadata=dict(text=text, choices=choices, above=above, least=least, section=section))
+    limits = dict(above=above, least=least, most=most)
+    return field(default=default, metadata=dict(text=text, choices=choices, section=section, **limits))
 
 
 @dataclass
@@ -75,20 +76,20 @@ class Config:
     size: str = opt("tiny", "the one dial: how deep, and with it how wide, how long a window, how many steps", *SIZES)
 
     data: str = opt("toy", "a folder of recordings, searched to any depth; toy: the built-in corpus", section="data")
-    toy_words: int = opt(16, "toy speech: words in each invented language", least=2)
-    toy_languages: int = opt(2, "toy speech: how many languages", above=0)
-    toy_hours: float = opt(3.0, "toy speech: hours to synthesise, some 300 times faster than real time", above=0)
-    ctx_seconds: float = opt(None, "seconds of speech heard before the model speaks", above=0)
-    gen_seconds: float = opt(None, "seconds it learns to speak in one go", above=0)
+    toy_words: int = opt(16, "toy speech: words in each invented language", least=2, most=1000)
+    toy_languages: int = opt(2, "toy speech: how many languages", above=0, most=100)
+    toy_hours: float = opt(3.0, "toy speech: hours to synthesise, 300 times faster than real time", above=0, most=9999)
+    ctx_seconds: float = opt(None, "seconds of speech heard before the model speaks", above=0, most=3600)
+    gen_seconds: float = opt(None, "seconds it learns to speak in one go", above=0, most=3600)
 
     latent_dim: int = opt(0, "0: diffuse log-mel (the paper); 16, say: diffuse that many learned latents a frame",
-                          least=0, section="sound")
+                          least=0, most=1000, section="sound")
     decoder: str = opt("neural", "frames to sound: learned, or Griffin-Lim (no training)", "neural", "griffinlim")
     decoder_steps: int = opt(300, "training steps of the learned decoder", least=0)
 
-    depth: int = opt(None, "number of blocks L", above=0, section="network")
-    width: int = opt(None, "model width d; 128 L unless you say otherwise", above=0)
-    patch_size: int = opt(None, "k consecutive frames make one token", above=0)
+    depth: int = opt(None, "number of blocks L", above=0, most=1000, section="network")
+    width: int = opt(None, "model width d; 128 L unless you say otherwise", above=0, most=65536)
+    patch_size: int = opt(None, "k consecutive frames make one token", above=0, most=1000)
 
     predict: str = opt(None, "the network predicts the velocity (the paper) or the clean frames", "v", "x0",
                        section="diffusion")
@@ -100,7 +101,7 @@ class Config:
     ctx_drop: float = opt(0.0, "share of training contexts replaced by silence (the paper: none)", least=0)
 
     steps: int = opt(None, "optimiser steps; a larger number extends a finished run", above=0, section="training")
-    batch_size: int = opt(None, "windows a step, over all devices", above=0)
+    batch_size: int = opt(None, "windows a step, over all devices", above=0, most=1000000)
     micro_batch: int = opt(0, "windows a forward pass, to save memory; 0: all at once", least=0)
     optimizer: str = opt(None, "for the hidden matrices; all else is AdamW's, as in the paper", "adamw", "muon")
     lr: float = opt(1e-3, "AdamW learning rate of the base model (L = 4); other sizes follow by muP", above=0)
@@ -111,7 +112,7 @@ class Config:
     clip: float = opt(1.0, "largest gradient norm", above=0)
     ema: float = opt(0.999, "memory of the averaged weights that are evaluated and sampled from; 0: none", least=0)
     eval_every: int = opt(500, "steps between validations, each with a checkpoint", above=0)
-    seed: int = opt(0, "everything random follows from this and the number of the sample", least=0)
+    seed: int = opt(0, "everything random follows from this and the number of the sample", least=0, most=2 ** 63 - 1)
 
     out: str = opt(None, "run folder; out/SIZE unless you say otherwise", section="machine")
     device: str = opt("auto", "cuda, mps, cpu; auto takes the first there is")
@@ -140,13 +141,15 @@ class Config:
             raise UserError(f"--micro-batch {self.micro_batch} must divide --batch-size {self.batch_size}")
 
     @staticmethod
-    def _check(flag, value, choices, above, least, **_):
+    def _check(flag, value, choices, above, least, most, **_):
         if choices and value not in choices:
             raise UserError(f"{flag} is {value!r}; choose one of {', '.join(choices)}")
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{flag} must be a finite number")
         if above is not None and value <= above or least is not None and value < least:
             raise UserError(f"{flag} must be " + (f"at least {least}" if above is None else f"more than {above}"))
+        if not isinstance(value, str) and value > most:
+            raise UserError(f"{flag} must be at most {most:g}")
 
     @property
     def ctx_frames(self):
@@ -738,7 +741,7 @@ def decide(config):
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()                                  # "meta" has no numbers
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"--device {name}: {reason(error)}") from None
     hardware = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8 or device.type == "cpu" and (

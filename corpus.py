@@ -272,7 +272,11 @@ def folder_source(config):
     root, stretches, skipped, prints = Path(config.data), [], {}, [str(CACHE_VERSION)]
     if not root.is_dir():
         raise UserError(f"--data {config.data}: no such folder")
-    files = sorted(path for path in root.rglob("*") if path.suffix.lower() in AUDIO_FILES)
+    def closed(error):  # a folder that may not be read
+        skipped[printable(os.path.relpath(error.filename, root))] = error.strerror
+
+    files = sorted(Path(folder, name) for folder, folders, names in os.walk(root, onerror=closed)
+                   for name in folders + names if Path(name).suffix.lower() in AUDIO_FILES)
     for path in files:
         name = printable(path.relative_to(root).as_posix())
         try:
