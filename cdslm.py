@@ -87,7 +87,7 @@ class Config:
     decoder: str = opt("neural", "frames to sound: learned, or Griffin-Lim (no training)", "neural", "griffinlim")
     decoder_steps: int = opt(300, "training steps of the learned decoder", least=0)
 
-    depth: int = opt(None, "number of blocks L", above=0, most=1000, section="network")
+    depth: int = opt(None, "number of blocks L", above=0, most=256, section="network")
     width: int = opt(None, "model width d; 128 L unless you say otherwise", above=0, most=65536)
     patch_size: int = opt(None, "k consecutive frames make one token", above=0, most=1000)
 
@@ -742,7 +742,7 @@ def decide(config):
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()                                  # "meta" has no numbers
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise UserError(f"--device {name}: {reason(error)}") from None
     hardware = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8 or device.type == "cpu" and (
         torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
