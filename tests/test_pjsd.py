@@ -13,6 +13,8 @@ import torch
 import eval_pjsd as judge
 from cdslm import AudioAutoencoder
 from corpus import RATE, UserError, load_audio, log_mel
+from listener import (batched, draw_decided, error_rate, guess_language, load_listener, nearness, spans, speak,
+                      toy_truth, words_in)
 from toyspeech import SYMBOLS, ToySpeech
 
 ROOT = Path(__file__).parents[1]
@@ -153,38 +155,38 @@ def test_too_little_speech_and_single_clips_say_so():
 def test_words_cover_as_much_as_can_be():
     language = types.SimpleNamespace(words=[(1, 2, 3), (3, 4), (1, 2), (4, 5, 6, 7)])
     say = lambda *numbers: [SYMBOLS[n] for n in numbers]  # noqa: E731
-    assert judge.words_in(say(1, 2, 3, 4), language).tolist() == [2, 2, 1, 1]      # not greedily 123 and a stray 4
-    assert judge.words_in(say(9, 1, 2, 3, 9), language).tolist() == [-1, 0, 0, 0, -1]
-    assert judge.words_in(say(2, 3, 4, 5, 6, 7), language).tolist() == [-1, -1, 3, 3, 3, 3]
-    assert judge.words_in([], language).tolist() == []
+    assert words_in(say(1, 2, 3, 4), language).tolist() == [2, 2, 1, 1]      # not greedily 123 and a stray 4
+    assert words_in(say(9, 1, 2, 3, 9), language).tolist() == [-1, 0, 0, 0, -1]
+    assert words_in(say(2, 3, 4, 5, 6, 7), language).tolist() == [-1, -1, 3, 3, 3, 3]
+    assert words_in([], language).tolist() == []
     toy = ToySpeech()
     spoken = [SYMBOLS[p] for word in (3, 1, 4, 1, 5) for p in toy.languages[0].words[word]]
-    assert (judge.words_in(spoken, toy.languages[0]) >= 0).all()
-    assert (judge.words_in(spoken, toy.languages[1]) >= 0).mean() < 0.3
+    assert (words_in(spoken, toy.languages[0]) >= 0).all()
+    assert (words_in(spoken, toy.languages[1]) >= 0).mean() < 0.3
 
 
 def test_language_is_heard_in_phones():
     toy = ToySpeech()
     clips = write(9, 1, 0) + write(9, 1, 0, share=1.0) + [[]]
-    assert judge.guess_language(toy, clips).tolist() == [0] * 20 + [1] * 20 + [-1]
+    assert guess_language(toy, clips).tolist() == [0] * 20 + [1] * 20 + [-1]
 
 
 def test_nearness():
     truth = np.random.default_rng(0).standard_normal((200, 2))
-    assert judge.nearness(truth, truth) == 1
-    assert judge.nearness(np.roll(truth, 1, 0), truth) == pytest.approx(0.5, abs=0.05)
+    assert nearness(truth, truth) == 1
+    assert nearness(np.roll(truth, 1, 0), truth) == pytest.approx(0.5, abs=0.05)
 
 
 def test_spans_drop_flickers_and_pauses():
     frames = np.array([0] * 5 + [3] * 6 + [7] * 2 + [3] * 4 + [0] * 9 + [2] * 3 + [1])
-    assert judge.spans(frames) == [[3, 5, 17], [2, 26, 29]]
-    assert judge.spans(np.zeros(4, int)) == []
+    assert spans(frames) == [[3, 5, 17], [2, 26, 29]]
+    assert spans(np.zeros(4, int)) == []
 
 
 def test_error_rate_is_edit_distance():
     phone = np.repeat([0, 1, 2, 2, 3], 4)
     truth = types.SimpleNamespace(phone=phone.astype(np.uint8), word=np.repeat([-1, 0, 0, 1, 1], 4))  # phones 1 2 2 3
-    says = lambda *numbers: judge.error_rate([[SYMBOLS[n] for n in numbers]], [truth])  # noqa: E731
+    says = lambda *numbers: error_rate([[SYMBOLS[n] for n in numbers]], [truth])  # noqa: E731
     assert [says(1, 2, 2, 3), says(1, 2, 3), says(1, 2, 2, 4), says(1, 2, 2, 3, 5), says()] == [0, 0.25, 0.25, 0.25, 1]
 
 
@@ -202,8 +204,8 @@ def corpus_of(mel):
 
 
 def test_copies_are_noticed_and_speech_is_not():
-    waves, _ = judge.speak(ToySpeech(), 5000, 60, 240, "speech")
-    mels = judge.batched(log_mel, waves)
+    waves, _ = speak(ToySpeech(), 5000, 60, 240, "speech")
+    mels = batched(log_mel, waves)
     train, fresh, real = mels[:30].reshape(-1, 80).numpy(), mels[30:45], mels[45:]
     copies = torch.from_numpy(np.stack([train[at:at + 240] for at in range(37, 6000, 431)]))
     copies = copies + 0.3 + 0.1 * torch.randn(copies.shape, generator=torch.Generator().manual_seed(0))
@@ -269,7 +271,7 @@ def test_missing_packages_are_named(monkeypatch):
             judge.recogniser(name)
     for module in ("matplotlib", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, module, None)
-    assert "pip install matplotlib" in judge.draw_decided({}, Path("x.png"))
+    assert "pip install matplotlib" in draw_decided({}, Path("x.png"))
 
 
 def test_hugging_face_model_from_a_folder(tmp_path):
@@ -292,25 +294,25 @@ def test_hugging_face_model_from_a_folder(tmp_path):
 @pytest.fixture(scope="module")
 def toy_speech():
     toy = ToySpeech()
-    reference, _ = judge.speak(toy, judge.REFERENCE, 600, 240, "reference")
-    return toy, *judge.speak(toy, judge.CONTEXTS, 200, 240, "speech"), reference
+    reference, _ = speak(toy, judge.REFERENCE, 600, 240, "reference")
+    return toy, *speak(toy, judge.CONTEXTS, 200, 240, "speech"), reference
 
 
 @pytest.mark.slow
 def test_toy_recogniser_and_the_ladder(toy_speech):
     """Phone error rates, and at n = 2 and 3: floor ~ reconstructed < half shuffled < other language <= noise."""
     toy, waves, spoken, reference = toy_speech
-    listener = judge.load_listener()
-    hear = lambda sound: listener.hear(judge.batched(log_mel, sound))["clips"]  # noqa: E731
+    listener = load_listener()
+    hear = lambda sound: listener.hear(batched(log_mel, sound))["clips"]  # noqa: E731
     real, reference = hear(waves), hear(reference)
     coder = AudioAutoencoder(decoder="griffinlim").eval().requires_grad_(False)
-    rebuilt = hear(judge.batched(lambda part: coder.decode(coder.encode(part)), waves))
-    rates = judge.error_rate(real, spoken), judge.error_rate(rebuilt, spoken)
+    rebuilt = hear(batched(lambda part: coder.decode(coder.encode(part)), waves))
+    rates = error_rate(real, spoken), error_rate(rebuilt, spoken)
     print("phone error rate of real and of reconstructed speech", rates)
     assert rates[0] <= 0.05 and rates[1] <= 0.08
     rng = np.random.default_rng(0)
     half = [clip[:len(clip) // 2] + rng.permutation(clip[len(clip) // 2:]).tolist() for clip in real]
-    other = hear(judge.speak(ToySpeech(languages=2, seed=7), 0, 200, 240, "another language")[0])
+    other = hear(speak(ToySpeech(languages=2, seed=7), 0, 200, 240, "another language")[0])
     phones = sorted({p for clip in reference for p in clip})
     noise = [rng.choice([p for p in SYMBOLS[1:] if p not in phones] or phones, 28).tolist() for _ in real]
     hiss = hear(0.05 * torch.randn(waves.shape, generator=torch.Generator().manual_seed(0)))
@@ -327,12 +329,12 @@ def test_toy_recogniser_and_the_ladder(toy_speech):
 def test_truth_of_true_speech(toy_speech):
     """True speech judged as if generated reaches its ceiling, and words of the other language don't count."""
     toy, waves, spoken, _ = toy_speech
-    heard = judge.load_listener().hear(judge.batched(log_mel, waves))
-    rows = judge.toy_truth(toy, spoken, heard, heard)
+    heard = load_listener().hear(batched(log_mel, waves))
+    rows = toy_truth(toy, spoken, heard, heard)
     print(rows)
     assert all(row["normalized"] == pytest.approx(1) and row["ceiling"] > row["floor"] + 0.25 for row in rows.values())
     strange = {name: x[::-1] for name, x in heard.items()}
-    assert judge.toy_truth(toy, spoken, strange, heard)["speaker_kept"]["normalized"] < 0.2
+    assert toy_truth(toy, spoken, strange, heard)["speaker_kept"]["normalized"] < 0.2
 
 
 @pytest.mark.slow
