@@ -461,7 +461,7 @@ class Corpus:
         mel = self.windows("mel", "train", [keyed(0, "statistics", i) for i in range(512)], 32)
         if mel.std() < 1e-3:
             raise UserError("the recordings are silent")
-        return float(mel.mean()), float(mel.std()), int((mel.std((0, 1)) > 0.2).sum())
+        return float(mel.mean()), float(mel.std()), int((np.quantile(mel, 0.99, (0, 1)) > math.log(FLOOR) + 2).sum())
 
 
 def open_corpus(config):
