@@ -139,7 +139,8 @@ def read_audio(path, start=0, stop=math.inf):
                 raise UserError(f"{path}: {rate} Hz is outside 8 to 192 kHz")
             for at in range(start * rate, math.ceil(end), 60 * rate):
                 before = min(at, rate)                         # minutes overlap by a second, so that none has an edge
-                file.seek(at - before)
+                if at:                                         # some formats can't go back
+                    file.seek(at - before)
                 piece = file.read(min(61 * rate, math.ceil(end) - at) + before, dtype="float32", always_2d=True)
                 if len(piece) <= before:
                     break                                      # the header promised more
