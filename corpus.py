@@ -321,7 +321,7 @@ def build_cache(source):
     """Cache every stretch of a source and return the open shards. A shard is complete once its .json is there, so an
     interrupted build goes on where it stopped. A source that has changed has another name, and is cached anew."""
     folder = cache_root() / f"{source.name}-{fingerprint(source.contents)}"
-    for old in set(cache_root().glob(f"{source.name}-????????")) - {folder}:
+    for old in set(cache_root().glob(f"{source.name}-{'[0-9a-f]' * 8}")) - {folder}:
         print(f"{source.name} has changed since it was cached: caching it anew")
         shutil.rmtree(old)
     try:
