@@ -8,6 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+os.environ["OMP_NUM_THREADS"] = "1"  # small models: two threads gain nothing, and spin when the machine is busy
 
 SMALL = dict(depth=1, width=64, ctx_seconds=0.4, gen_seconds=0.8, batch_size=4, steps=4, warmup=2, toy_hours=0.05,
              decoder="griffinlim", dtype="fp32", device="cpu")

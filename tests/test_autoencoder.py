@@ -88,7 +88,7 @@ def test_unmel_has_that_mel():
 
 @pytest.mark.parametrize("latent_dim", [0, 16])
 def test_training_lowers_its_loss(small, latent_dim):
-    config = small(decoder="neural", latent_dim=latent_dim, decoder_steps=12)
+    config = small(decoder="neural", latent_dim=latent_dim, decoder_steps=8)
     corpus = open_corpus(config)
     wave = torch.from_numpy(corpus.windows("audio", "valid", range(0, 8000, 1000), 48))
     losses = []
