@@ -331,10 +331,6 @@ def build_cache(source):
     ends = itertools.accumulate(stretch.seconds for stretch in source.stretches)
     groups = itertools.groupby(zip(ends, source.stretches), lambda pair: pair[0] // SHARD_SECONDS)
     plan = {folder / f"{int(number):05d}": [stretch for _, stretch in pairs] for number, pairs in groups}
-    with contextlib.suppress(ImportError, ValueError, OSError):  # each shard is two open files, half an hour of speech
-        import resource  # not on Windows
-        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     shards = {stem: open_shard(stem) for stem in plan}
     if not all(shards.values()):
         with lock(folder / ".lock", wait=True):                # another process may be making them
@@ -360,7 +356,7 @@ def build_shard(stem, source, stretches, pool):
     """Write a shard: STEM.audio.npy (N,) int16, STEM.mel.npy (N/300, 80) float16, and last STEM.json, what is in it."""
     def samples(stretch):
         wave = source.read(stretch)
-        return (F.pad(wave, (0, -len(wave) % HOP)).clamp(-1, 1) * 32767).round().short().numpy()
+        return F.pad(wave, (0, -len(wave) % HOP)).clamp_(-1, 1).mul_(32767).round_().short().numpy()
 
     def frames(start):  # a minute, heard with a little of its surroundings so that minutes join without a seam
         first, last = max(0, start - 8 * HOP), min(len(audio), start + 60 * RATE + 8 * HOP)
@@ -380,6 +376,22 @@ def build_shard(stem, source, stretches, pool):
         temporary.write_text(json.dumps(contents | {"seal": seal(contents | arrays)}))
 
 
+class Stored:
+    """An array on the disk. Rows are read when they are asked for: nothing stays open, or in memory."""
+
+    def __init__(self, path, array):
+        self.path, self.offset, self.dtype, self.shape = path, array.offset, array.dtype, array.shape
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __getitem__(self, rows):
+        start, stop, _ = rows.indices(len(self))
+        width = math.prod(self.shape[1:])
+        place = self.offset + start * width * self.dtype.itemsize
+        return np.fromfile(self.path, self.dtype, (stop - start) * width, offset=place).reshape(-1, *self.shape[1:])
+
+
 def seal(shard):
     """What a shard is known by: its contents, the types and shapes of its arrays, and 64 frames spread over each."""
     arrays = [shard["audio"].reshape(-1, HOP), shard["mel"].reshape(-1, MELS)]
@@ -391,8 +403,9 @@ def open_shard(stem):
     """A shard: its contents, and its arrays, left on the disk. None if it isn't there, or isn't as it was written."""
     try:
         shard = json.loads(Path(f"{stem}.json").read_text())
-        shard |= {kind: np.load(f"{stem}.{kind}.npy", "r", allow_pickle=False) for kind in ("mel", "audio")}
-        return shard if seal(shard) == shard["seal"] else None
+        arrays = {kind: np.load(f"{stem}.{kind}.npy", "r", allow_pickle=False) for kind in ("mel", "audio")}
+        if seal(shard | arrays) == shard["seal"]:
+            return shard | {kind: Stored(f"{stem}.{kind}.npy", array) for kind, array in arrays.items()}
     except Exception as error:  # whatever a damaged file makes the readers raise; but not what the disk does
         if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
             raise
