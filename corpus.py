@@ -249,12 +249,17 @@ class Stretch:
 
 @dataclass
 class Source:
-    """What there is to learn from: `read(stretch)` gives samples (N,) float32; `contents` changes when they do."""
+    """What there is to learn from: `read(stretch)` gives samples (N,) int16; `contents` changes when they do."""
     name: str
     contents: str
     stretches: list
     read: callable
     skipped: dict          # {file: why it can't be used}
+
+
+def pcm(wave):
+    """(N,) samples -> int16, as they are cached."""
+    return (wave.clamp(-1, 1) * 32767).round().short()
 
 
 def toy_source(config):
@@ -265,7 +270,7 @@ def toy_source(config):
     bits = ", ".join(f"{toy.entropy_per_phone(language):.2f}" for language in range(config.toy_languages))
     print(f"toy speech, version {VERSION}: {config.toy_words} words a language; {bits} bits a phone in each")
     return Source(f"toy-{config.toy_languages}x{config.toy_words}-{count}", f"{CACHE_VERSION} {VERSION}", stretches,
-                  lambda stretch: torch.from_numpy(toy.utterance(stretch.parts[0], stretch.seconds).wave), {})
+                  lambda stretch: pcm(torch.from_numpy(toy.utterance(stretch.parts[0], stretch.seconds).wave)), {})
 
 
 def folder_source(config):
@@ -304,10 +309,10 @@ def folder_source(config):
         raise UserError(f"--data {config.data}: {why}")
 
     def read(stretch):
-        waves = [torch.zeros(0)]
+        waves = [torch.zeros(0, dtype=torch.int16)]
         for path, start, stop in stretch.parts:
             try:
-                waves += list(read_audio(path, start, stop))
+                waves += [pcm(wave) for wave in read_audio(path, start, stop)]
             except UserError as error:
                 skipped[printable(path.relative_to(root).as_posix())] = printable(reason(error))
         return torch.cat(waves)
@@ -356,7 +361,7 @@ def build_shard(stem, source, stretches, pool):
     """Write a shard: STEM.audio.npy (N,) int16, STEM.mel.npy (N/300, 80) float16, and last STEM.json, what is in it."""
     def samples(stretch):
         wave = source.read(stretch)
-        return F.pad(wave, (0, -len(wave) % HOP)).clamp_(-1, 1).mul_(32767).round_().short().numpy()
+        return F.pad(wave, (0, -len(wave) % HOP)).numpy()
 
     def frames(start):  # a minute, heard with a little of its surroundings so that minutes join without a seam
         first, last = max(0, start - 8 * HOP), min(len(audio), start + 60 * RATE + 8 * HOP)
@@ -364,13 +369,14 @@ def build_shard(stem, source, stretches, pool):
         return mel[(start - first) // HOP:][:60 * FRAME_RATE].half().numpy()
 
     waves = list(pool.map(samples, stretches))
-    audio = np.concatenate(waves)
+    lengths, audio = [len(wave) // HOP for wave in waves], np.concatenate(waves)
+    del waves                                                   # a long recording is held in memory only once
     minutes = list(pool.map(frames, range(0, len(audio), 60 * RATE)))
     arrays = {"audio": audio, "mel": np.concatenate(minutes) if minutes else np.zeros((0, MELS), np.float16)}
     for kind, array in arrays.items():
         with replacing(f"{stem}.{kind}.npy") as temporary, open(temporary, "wb") as file:
             np.save(file, array, allow_pickle=False)
-    contents = {"stretches": [[s.name, s.minute, len(w) // HOP] for s, w in zip(stretches, waves)],
+    contents = {"stretches": [[s.name, s.minute, length] for s, length in zip(stretches, lengths)],
                 "skipped": dict(source.skipped)}
     with replacing(f"{stem}.json") as temporary:
         temporary.write_text(json.dumps(contents | {"seal": seal(contents | arrays)}))
