@@ -668,6 +668,8 @@ def newest(folder, config=None):
             seen.append(found := load(folder / name))
         except UserError as error:
             print(f"warning: {error}; trying the one before")
+            if config is not None:                                            # or the next save would keep it as the
+                os.replace(folder / name, folder / f"{name}.damaged")         # one before, in place of the good one
             seen.append(None)
             continue
         if config is None or found["steps"] == config.steps:
