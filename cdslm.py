@@ -306,7 +306,7 @@ def fit_autoencoder(config, corpus, device):
 def train_part(model, loss_of, name, steps, config, corpus, dtype):
     """AdamW under a cosine for the part of the autoencoder that this loss reaches."""
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.8, 0.99), weight_decay=0.01)
-    for step in tqdm(range(steps), desc=name, unit="step"):
+    for step in (bar := tqdm(range(steps), desc=name, unit="step")):
         keys = [keyed(config.seed, name, step * 16 + i) for i in range(16)]
         loss = loss_of(torch.from_numpy(corpus.windows("audio", "train", keys, 48)).to(model.mel_stats.device), dtype)
         decay = 0.02 + 0.98 * math.cos(math.pi / 2 * step / steps) ** 2
@@ -315,6 +315,8 @@ def train_part(model, loss_of, name, steps, config, corpus, dtype):
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 10)
         optimizer.step()
+        if step % 10 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
 
 
 def open_autoencoder(config, corpus, device):
