@@ -318,7 +318,7 @@ def parse(argv=None):
     parser.add_argument("--recognizer", help="toy, hama (English), hf:MODEL, text (.txt files) [hama; toy runs: toy]")
     parser.add_argument("--minutes", type=float, default=10.0, help="minutes of speech that a run is to speak [10]")
     parser.add_argument("--cfg", type=float, default=1.5, help="its guidance [1.5]")
-    parser.add_argument("--steps", type=int, default=24, help="its evaluations of the network [24]")
+    parser.add_argument("--steps", type=int, default=48, help="its evaluations of the network [48]")
     parser.add_argument("--decided", action="store_true", help="toy: what is decided when? Draws RUN/decided.png")
     parser.add_argument("--json", type=Path, help="write the report to this file as well")
     arguments = parser.parse_args(argv)
