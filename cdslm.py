@@ -670,10 +670,10 @@ def newest(folder, config=None):
             seen.append(found := load(folder / name))
         except UserError as error:
             print(f"warning: {error}; trying the one before")
-            if config is not None:                                            # or the next save would keep it as the
-                os.replace(folder / name, folder / f"{name}.damaged")         # one before, in place of the good one
             seen.append(None)
             continue
+        if config is not None and seen[0] is None and (folder / names[0]).exists():
+            os.replace(folder / names[0], folder / f"{names[0]}.damaged")     # lest the next save move it over this one
         if config is None or found["steps"] == config.steps:
             return found
         wsd = config.lr_schedule == "wsd"
