@@ -320,7 +320,7 @@ def parse(argv=None):
     parser.add_argument("--cfg", type=float, default=1.5, help="its guidance [1.5]")
     parser.add_argument("--steps", type=int, default=48, help="its evaluations of the network [48]")
     parser.add_argument("--decided", action="store_true", help="toy: what is decided when? Draws RUN/decided.png")
-    parser.add_argument("--json", type=Path, help="write the report to this file as well")
+    parser.add_argument("--json", type=Path, help="where to keep the report [a run: RUN/judged.json]")
     arguments = parser.parse_args(argv)
     if bool(arguments.run) == bool(arguments.generated) or bool(arguments.generated) != bool(arguments.reference):
         raise UserError("give a run folder, or --generated and --reference with a folder each")
@@ -339,8 +339,8 @@ def main():
     page(report)
     if "decided" in report:
         print(draw_decided(report["decided"], Path(arguments.run) / "decided.png"))
-    if arguments.json:
-        with replacing(arguments.json) as temporary:
+    if path := arguments.json or arguments.run and Path(arguments.run) / "judged.json":
+        with replacing(path) as temporary:
             clean = json.loads(json.dumps(report), parse_constant=lambda _: None)  # JSON has no word for NaN
             temporary.write_text(json.dumps(clean, indent=2) + "\n")
 

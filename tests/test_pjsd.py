@@ -346,6 +346,17 @@ def test_truth_of_true_speech(toy_speech):
     assert toy_truth(toy, spoken, strange, heard)["speaker_kept"]["normalized"] < 0.2
 
 
+@pytest.mark.parametrize("extra, kept", [([], "judged.json"), (["--json", "mine"], "mine")])
+def test_the_report_on_a_run_is_kept_in_its_folder_or_where_asked(tmp_path, monkeypatch, extra, kept):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["eval_pjsd.py", ".", *extra])
+    monkeypatch.setattr(judge, "judge_run", lambda arguments: {"pjsd": [0.5, math.nan]})
+    monkeypatch.setattr(judge, "page", lambda report: None)
+    judge.main()
+    assert [path.name for path in tmp_path.iterdir()] == [kept]
+    assert json.loads(Path(kept).read_text()) == {"pjsd": [0.5, None]}
+
+
 @pytest.mark.slow
 def test_a_run_is_judged(tmp_path):
     run, report = tmp_path / "run", tmp_path / "report.json"

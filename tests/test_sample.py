@@ -1,3 +1,11 @@
+import html
+import json
+import re
+import shlex
+import shutil
+import sys
+from urllib.parse import unquote
+
 import numpy as np
 import pytest
 import soundfile
@@ -143,3 +151,85 @@ def test_no_seam_between_windows(say):
     assert max(jump[at - 30:at + 30].max() for at in seams) <= jump[RATE // 2:].max()
     typical = jump[RATE // 2:].unfold(0, 60, 60).amax(1).quantile(0.98)
     assert sum(bool(jump[at - 30:at + 30].max() > typical) for at in seams) <= 2
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The page. How it looks and plays in a browser is in test_page.py.
+
+@pytest.fixture
+def folder(trained, tmp_path):
+    """A copy of the run, to be written to."""
+    return shutil.copytree(trained[0], tmp_path / "run")
+
+
+def test_the_page_shows_all_there_is(folder, say):
+    row = dict(value=0.25, ceiling=0.5, floor=0.125, normalized=1 / 3)
+    (folder / "judged.json").write_text(json.dumps(
+        {"n": [1, 2], "pjsd": [0.0625, None], "floor": [0.03125, None], "toy": {"word_rate": row}}))
+    (folder / "decided.png").write_bytes(b"")
+    (folder / "older.wav").write_bytes((folder / "1_true.wav").read_bytes())
+    _, said = say("--prompt", "none", "--num", 2, out="run/new.wav", run=folder)
+    page = (folder / "index.html").read_text()
+    sounds = {"new-1.wav", "new-2.wav", "older.wav"}
+    sounds |= {f"{i}_{kind}.wav" for i in range(1, 5) for kind in ("generated", "true", "reconstruction")}
+    assert {name for name in sounds if f'src="{name}"' in page} == sounds == {f.name for f in folder.glob("*.wav")}
+    assert "index.html" in said and "--prompt none --num 2" in page and 'src="decided.png"' in page
+    for figure in ("0.0625", "0.0312", "word rate", "0.2500", "0.5000", "0.1250"):
+        assert f"<td>{figure}" in page
+    last = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
+    for level, loss in last["valid"].items():
+        assert f"<td>{level}<td>{loss:.4f}" in page
+
+
+def test_the_page_has_the_command_that_makes_such_a_run(folder, say):
+    say("--prompt", "none", out="run/new.wav", run=folder)
+    page = (folder / "index.html").read_text()
+    line = page[page.index("python cdslm.py"):].split("</pre>")[0]
+    assert cdslm.parse(shlex.split(line)[2:]) == cdslm.read_config(folder)
+    odd = cdslm.Config(data="it's <odd> & \"so\"", zero_terminal_snr=True, t_shift=-1.0, depth=3, out="a b")
+    line = html.unescape(speak.making(odd).removeprefix("<pre>").split("</pre>")[0])
+    assert cdslm.parse(shlex.split(line)[2:]) == odd
+
+
+def test_what_is_not_there_or_damaged_is_left_out_of_the_page(folder, say):
+    for path in (*folder.glob("[1-4]_*"), folder / "log.jsonl"):
+        path.unlink()
+    (folder / "judged.json").write_text('{"n": ')
+    (folder / "broken.wav").write_text("not a sound")
+    say("--prompt", "none", out="run/new.wav", run=folder)
+    page = (folder / "index.html").read_text()
+    assert re.findall("<h2>(.*?)</h2>", page) == ["This command", "How it was made"]
+    assert re.findall('<audio .*?src="(.*?)"', page) == ["new.wav"]
+
+
+def test_nothing_in_a_run_folder_can_put_its_own_html_on_the_page(folder, say):
+    bad = "<script>alert('x\")</script>"
+    shutil.copy(folder / "1_true.wav", folder / f"{bad.replace('/', '')}.wav")
+    shutil.copy(folder / "1_true.wav", folder / "%20#?&:é.wav")
+    row = dict(value=bad, ceiling=bad, floor=bad)
+    (folder / "judged.json").write_text(json.dumps({"n": [bad], "pjsd": [bad], "floor": [bad], "toy": {bad: row}}))
+    with open(folder / "log.jsonl", "a") as log:
+        log.write(json.dumps({"step": 1, "hours": 1, "epochs": 1, "valid": {bad: 0.5, "mean": 0.5}}) + "\n")
+    say("--prompt", "none", out=f"run/{bad.replace('/', '')}-2.wav", run=folder)
+    page = (folder / "index.html").read_text()
+    assert "<script" not in page and page.count("&lt;script") >= 8
+    links = map(unquote, re.findall('<audio .*?src="(.*?)"', page))
+    assert sorted(links) == sorted(path.name for path in folder.glob("*.wav"))
+
+
+def test_pictures_have_a_line_where_the_context_ends_and_need_matplotlib(folder, say, monkeypatch):
+    image = pytest.importorskip("matplotlib.image")
+    say("--prompt", "none", out="run/new.wav", run=folder)
+    picture = image.imread(folder / "new.mel.png")[::-1]                      # band 0 first
+    assert picture.shape[:2] == (80, 96) and (picture[::3, 32] > 0.7).sum() > 50 and 'src="new.mel.png"' in (
+        folder / "index.html").read_text()
+    assert not (picture[::3, [30, 34]] == picture[0, 32]).all(-1).any()
+    monkeypatch.setitem(sys.modules, "matplotlib.image", None)
+    _, said = say("--prompt", "none", out="run/new.wav", run=folder)
+    assert "pip install matplotlib" in said and "new.mel.png" not in (folder / "index.html").read_text()
+
+
+def test_sound_that_goes_elsewhere_leaves_the_run_as_it_was(folder, say):
+    before = sorted(folder.iterdir())
+    _, said = say("--prompt", "none", run=folder)
+    assert sorted(folder.iterdir()) == before and "index.html" not in said
