@@ -3,6 +3,7 @@ import shlex
 
 import pytest
 import soundfile
+import torch
 
 import cdslm
 import sample
@@ -84,3 +85,75 @@ def test_every_flag_the_readme_names_exists():
             known |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / program).read_text()))
     named = {flag for words in commands("python") for flag in words if flag.startswith("--")}
     assert named <= known | {"--slow"}
+
+
+def blocks():
+    """The README's Python, block by block."""
+    text = README.read_text() if README.exists() else ""
+    return re.findall(r"```python\n(.*?)```", text, re.S)
+
+
+def test_each_main_piece_takes_five_lines_and_every_block_runs(folder):
+    """All in one notebook, in their order; a comment that begins with shapes says which the line's names have."""
+    names, notebook, shapes = "ToySpeech AudioAutoencoder MMDiT Diffusion sample".split(), {}, 0
+    assert [name for name in names if any(f"import {name}" in b or f", {name}\n" in b for b in blocks())] == names
+    for block in blocks():
+        exec(block, notebook)
+        assert "def " in block or len(block.splitlines()) <= 5
+        for left, comment in re.findall(r"^([\w, ]+) = .*?# (\(.*)", block, re.M):
+            for name, shape in zip(left.split(", "), re.findall(r"\(([\d, ]+)\)", comment), strict=True):
+                assert list(notebook[name].shape) == [int(n) for n in re.findall(r"\d+", shape)], name
+                shapes += 1
+    assert shapes >= 8 and notebook["wave"].ndim == 1
+
+
+@pytest.fixture
+def paper():
+    """The paper in 40 lines, as a namespace."""
+    found = [block for block in blocks() if "def loss(" in block]
+    if not found:
+        pytest.skip("the README has no such block yet")
+    assert len(found[0].splitlines()) <= 40
+    exec(found[0], names := {})
+    return names
+
+
+@pytest.fixture
+def velocity(small):
+    """A network that says something, and something to say: (config, model, ctx, x0, eps)."""
+    torch.manual_seed(0)
+    config = small(predict="v", self_condition=0.0, t_shift=0.0, patch_size=2)
+    model = cdslm.MMDiT(config).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter += 0.02 * torch.randn_like(parameter)
+    model.silence.fill_(-1.5)
+    ctx, x0, eps = (torch.randn(8, n, 80) for n in (config.ctx_frames, config.gen_frames, config.gen_frames))
+    return config, model, ctx, x0, eps
+
+
+def test_the_paper_in_40_lines_has_the_loss_of_cdslm(paper, velocity):
+    config, model, ctx, x0, eps = velocity
+    t, diffusion = torch.linspace(0, 1, 8), cdslm.Diffusion(config)
+    for i in range(8):                                                        # each noise level, its own loss
+        one = [x[i:i + 1] for x in (x0, ctx, t, eps)]
+        ours = diffusion.loss(model, *one[:2], diffusion.angle(one[2]), one[3])
+        assert paper["loss"](model, *one).item() == pytest.approx(ours.item(), rel=1e-5)
+    assert paper["loss"](model, x0, ctx, t, eps).item() == pytest.approx(
+        diffusion.loss(model, x0, ctx, diffusion.angle(t), eps).mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("cfg", [1, 1.5, 4])
+def test_the_paper_in_40_lines_says_what_cdslm_says(paper, velocity, cfg):
+    config, model, ctx, *_ = velocity
+    noise = [cdslm.keyed_noise(3, "sample 0", i, (config.gen_frames, 80), "cpu") for i in range(len(ctx))]
+    mine = paper["speak"](model, ctx, model.silence.expand_as(ctx), torch.stack(noise), 24, cfg)
+    ours = cdslm.sample(model, ctx, steps=24, cfg=cfg, sampler="ddim", seed=3)
+    assert ours.std() > 0.1 and (mine - ours).abs().max() < 1e-3
+
+
+def test_the_paper_in_40_lines_learns(paper, velocity):
+    _, model, ctx, x0, eps = velocity
+    x0, t = 0.1 * x0 + 1, torch.linspace(0.1, 0.9, 8)
+    before = paper["loss"](model, x0, ctx, t, eps).item()
+    paper["train"](model.requires_grad_(True), [(ctx, x0)] * 40)
+    assert paper["loss"](model, x0, ctx, t, eps).item() < 0.8 * before
