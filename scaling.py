@@ -1,14 +1,16 @@
 """scaling: what is the best use of a compute budget? A small isoFLOP study, from the runs to the laws.
 
-    python scaling.py run --budgets 4e12,1.2e13,4e13,1.2e14 --out runs/iso    train every size at every budget
+    python scaling.py run --out runs/iso                                      about an hour on one core
+    python scaling.py run --budgets 4e12,1.2e13,4e13,1.2e14 --out runs/iso    about two and a half
     python scaling.py fit runs/iso --plot runs/iso.png                        fit the laws, draw them
 
 `run` trains toy speech as the paper trains (its loss, AdamW, no first guesses), but predicts x0, lest narrow models
-measure their patches. All sizes have two blocks (CHOICE), so that only the width varies; muP carries the learning rate
-over. Up to where its decay begins, a longer run is the shorter one: one trunk a size gives every budget, each by a
-short decay branch. The same command goes on where it stopped. On a cluster, start one job a size, with the same --out:
+measure their patches. Sizes have two blocks (CHOICE; one has four, where widths leave a gap), so that only the width
+varies, and muP carries the learning rate over. Up to where its decay begins, a longer run is the shorter one: one trunk
+a size gives every budget, each by a short decay branch. The same command goes on where it stopped.
+On a cluster, start one job a size, with the same --out:
 
-    for size in 2x32 2x64 2x128; do sbatch --wrap "python scaling.py run --sizes $size --out runs/iso ..."; done
+    for size in 2x64 4x64 2x128; do sbatch --wrap "python scaling.py run --only $size --out runs/iso ..."; done
 
 Any flag of cdslm.py may follow: `--data DIR`, `--seed 7`, `--batch-size 64`. Each run is a line of OUT/runs.jsonl: N
 parameters, D tokens of both streams, C training FLOPs (exact; 6ND beside it), loss, pJSD, seconds of its own.
@@ -35,26 +37,30 @@ from toyspeech import ToySpeech
 
 STUDY = ("--size tiny --self-condition 0 --t-shift 0 --optimizer adamw --decoder griffinlim --toy-hours 20 "
          "--warmup 50").split()
-SIZES = "2x32,2x48,2x64,2x128,2x192,2x256"     # depth x width
+BUDGETS = "1.2e12,4e12,1.2e13,4e13"
+SIZES = "2x24,2x32,2x48,2x64,4x64,2x128,2x192,2x256,2x320,2x384,2x512"  # depth x width
 VALIDATION, SAVE_EVERY = 256, 1000             # windows; steps
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Run. The grid, budgets rising, since each run goes on from the trunk of the one before.
 
-def plan(budgets, sizes, repeat, base, out):
-    """[(name, budget, Config)] of every run; at the budget `repeat` there is one of another seed as well."""
-    runs = []
-    for budget in sorted(budgets):
+def plan(arguments, base):
+    """[(name, budget, Config)] of every run: at each budget the `each` sizes next to a guess at the best, N^2 = C / 8,
+    which short runs gave; at the budget `repeat` every size is trained with a second seed too."""
+    runs, repeat = [], sorted(arguments.budgets)[:2][-1] if arguments.repeat is None else arguments.repeat
+    shapes = [dataclasses.replace(base, depth=depth, width=width) for depth, width in arguments.sizes]
+    for budget in sorted(arguments.budgets):
+        near = sorted(shapes, key=lambda shape: abs(math.log(8 * count(shape)["parameters"] ** 2 / budget)))
         for seed in [base.seed, base.seed + 1][:1 + (budget == repeat)]:
-            for depth, width in sizes:
-                name = f"{depth}x{width}-seed{seed}"
-                config = dataclasses.replace(base, depth=depth, width=width, seed=seed, out=str(out / name))
-                steps = round(budget / count(config)["flops"] / config.batch_size)
+            for shape in sorted(near[:arguments.each], key=lambda shape: count(shape)["parameters"]):
+                size = f"{shape.depth}x{shape.width}"
+                steps = round(budget / count(shape)["flops"] / base.batch_size)
                 if steps < 4:
-                    raise UserError(f"{budget:g} FLOPs are {steps} steps of {depth}x{width}: too few to mean anything")
-                runs.append((name, budget, dataclasses.replace(config, steps=steps)))
-    return runs
+                    raise UserError(f"{budget:g} FLOPs are {steps} steps of {size}: too few to mean anything")
+                out = str(arguments.out / f"{size}-seed{seed}")
+                runs.append((size, budget, dataclasses.replace(shape, steps=steps, seed=seed, out=out)))
+    return [run for run in runs if not arguments.only or run[0] in arguments.only.split(",")]
 
 
 def train(trainer, first, seconds, bar, signals):
@@ -114,24 +120,24 @@ def measure(trainer, judge):
 
 
 def written(out):
-    """The lines of runs.jsonl: {(name, budget): the last line of that run}."""
+    """The lines of runs.jsonl: {(size, budget, seed): the last line of that run}."""
     path = Path(out) / "runs.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return {(row["name"], row["budget"]): row for row in rows}
+    return {(row["size"], row["budget"], row["seed"]): row for row in rows}
 
 
 def run(arguments, flags):
     """Train what the grid lacks, a line of runs.jsonl for each run; a failed one says why, and is tried again."""
     base, out = cdslm.parse(STUDY + flags), arguments.out
-    runs, (device, dtype) = plan(arguments.budgets, arguments.sizes, arguments.repeat, base, out), decide(base)
+    runs, (device, dtype) = plan(arguments, base), decide(base)
     done = {key for key, row in written(out).items() if "error" not in row}
     speed, begin, work = {}, {}, []
-    for name, budget, config in runs:
-        if (shape := (config.depth, config.width)) not in speed:
-            speed[shape] = forecast(config, device, dtype)[0]
-        if (name, budget) not in done:
-            work.append((name, budget, config, begin.get(name, 0), speed[shape]))
-        begin[name] = decay_start(config.steps)
+    for size, budget, config in runs:
+        if size not in speed:
+            speed[size] = forecast(config, device, dtype)[0]
+        if (size, budget, config.seed) not in done:
+            work.append((size, budget, config, begin.get(config.out, 0), speed[size]))
+        begin[config.out] = decay_start(config.steps)
     total = sum((config.steps - first) * seconds for _, _, config, first, seconds in work)
     print(f"{len(work)} of {len(runs)} runs to do: about {total / 60:.0f} min on this machine, and the judging")
     if not work:
@@ -142,9 +148,9 @@ def run(arguments, flags):
     judge = make_judge(base, autoencoder, device, dtype, arguments.minutes)
     bar = tqdm(total=total, smoothing=0, bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}")
     with bar, interruptible() as signals:
-        for name, budget, config, first, seconds in work:
-            bar.set_description_str(f"{name} {budget:.3g} FLOPs")
-            row, begun = {"name": name, "budget": budget, "seed": config.seed}, time.perf_counter()
+        for size, budget, config, first, seconds in work:
+            bar.set_description_str(f"{size} {budget:.3g} FLOPs")
+            row, begun = {"size": size, "budget": budget, "seed": config.seed}, time.perf_counter()
             with claim(config):
                 try:
                     trainer = Trainer(config, corpus, autoencoder, device, dtype)
@@ -156,7 +162,7 @@ def run(arguments, flags):
                     bar.set_postfix_str(f"loss {row['loss']:.4f}")
                 except UserError as error:
                     failed, row["error"] = failed + 1, str(error)
-                    tqdm.write(f"{name} at {budget:g} FLOPs failed: {error}", file=sys.stderr)
+                    tqdm.write(f"{size} at {budget:g} FLOPs failed: {error}", file=sys.stderr)
             with lock(out / ".lock", wait=True), open(out / "runs.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
     if signals:
@@ -179,9 +185,11 @@ def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     running = commands.add_parser("run", help="train a grid of runs", allow_abbrev=False)
-    running.add_argument("--budgets", type=numbers, default="4e12,1.2e13,4e13,1.2e14", help="training FLOPs, exact")
-    running.add_argument("--sizes", type=shapes, default=SIZES, help=f"depth x width of each model [{SIZES}]")
-    running.add_argument("--repeat", type=float, help="a budget at which every size is trained with a second seed too")
+    running.add_argument("--budgets", type=numbers, default=BUDGETS, help=f"training FLOPs, exact [{BUDGETS}]")
+    running.add_argument("--sizes", type=shapes, default=SIZES, help=f"depth x width of models [{SIZES}]")
+    running.add_argument("--each", type=int, default=5, help="how many of them each budget trains [5]")
+    running.add_argument("--only", help="train these sizes of the grid alone, such as 2x64: for a job of a cluster")
+    running.add_argument("--repeat", type=float, help="where a second seed is trained as well [the second budget]")
     running.add_argument("--minutes", type=float, default=10, help="minutes of speech that each run is judged by [10]")
     running.add_argument("--out", type=Path, default="runs/iso", help="folder of the study [runs/iso]")
     arguments, flags = parser.parse_known_args()
