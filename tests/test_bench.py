@@ -1,0 +1,39 @@
+"""The measurements themselves: turns, FLOPs, and (slow) that every part of bench.py runs."""
+import re
+
+import pytest
+import torch
+from bench import Step, block_flops, blocks_step, our_blocks, race
+from conftest import command
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def test_contestants_take_turns_and_the_first_turn_is_not_counted():
+    order = []
+    seconds = race(2, a=lambda: order.append("a"), b=lambda: order.append("b"))
+    assert order == list("ababab") and set(seconds) == {"a", "b"} and 0 < seconds["a"] < 1
+
+
+def test_flops_of_the_blocks_are_those_that_torch_counts(small):
+    config = small(depth=2, width=128, batch_size=2)
+    step = blocks_step(config, our_blocks)
+    with FlopCounterMode(display=False) as counter:
+        step()
+    assert counter.get_total_flops() == block_flops(config)
+
+
+def test_a_step_changes_the_model(small):
+    step = Step(small())
+    before = [parameter.clone() for parameter in step.model.parameters()]
+    step()
+    assert any(not torch.equal(a, b) for a, b in zip(before, step.model.parameters()))
+    assert all(parameter.grad is None for parameter in step.model.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", "step sampling speed data startup busy growth".split())
+def test_every_part_prints_a_table_of_numbers(what, trained):
+    done = command("tests/bench.py", what, trained[0], "--quick")
+    assert done.returncode == 0, done.stderr
+    rows = [line.split("|")[-2] for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert sum(bool(re.search(r"\d", row)) for row in rows) >= 1
