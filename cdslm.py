@@ -530,7 +530,8 @@ def count(config):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Sampler. From noise at the largest angle to clean frames at 0, in equal steps of the angle; each asks for x0.
+# Sampler. From noise at the largest angle to clean frames at 0. Each step asks for x0; steps are the shorter the more
+# noise there is, since language is decided there.
 
 @torch.no_grad()
 def sample(model, context, frames=None, steps=48, cfg=1.5, sampler="dpm", seed=0, progress=False):
@@ -540,7 +541,7 @@ def sample(model, context, frames=None, steps=48, cfg=1.5, sampler="dpm", seed=0
     depends on (seed, i) alone."""
     config, speech, frames = model.config, context.float(), frames or model.config.gen_frames
     top = min(float(Diffusion(config).angle(torch.ones(()))), math.pi / 2)  # float32 rounds pi/2 up
-    angles = torch.linspace(top, 0, steps + 1, dtype=torch.float64).tolist()
+    angles = (top * (1 - torch.linspace(0, 1, steps + 1, dtype=torch.float64) ** 1.5)).tolist()
     solve, shape = {"dpm": dpm_solver, "ddim": ddim}[sampler], (config.gen_frames, config.channels)
     for window in tqdm(range(-(-frames // config.gen_frames)), desc="speaking", unit="window", disable=not progress):
         predict = functools.partial(guided, model, speech[:, -config.ctx_frames:], cfg)
@@ -551,12 +552,16 @@ def sample(model, context, frames=None, steps=48, cfg=1.5, sampler="dpm", seed=0
 
 def guided(model, ctx, cfg, xt, phi, guess):
     """x0 (B, Tg, C) as the network sees it in xt at noise phi, silent + cfg (heard - silent) (Ho & Salimans 2021):
-    `heard` continues ctx and `silent` continues zeroed speech [paper]."""
-    both = ctx if cfg == 1 else torch.cat([ctx, model.silence.expand_as(ctx)])
-    xt, guess = (x if x is None else x.repeat(len(both) // len(ctx), 1, 1) for x in (xt, guess))
+    `heard` continues ctx and `silent` continues zeroed speech [paper]. Nor does `silent` know the last guess: away from
+    a network that knows less there are more words (autoguidance, Karras et al. 2024)."""
+    if cfg != 1:
+        xt, ctx = xt.repeat(2, 1, 1), torch.cat([ctx, model.silence.expand_as(ctx)])
+        guess = guess if guess is None else torch.cat([guess, torch.zeros_like(guess)])
     level = torch.full((len(xt),), phi, device=xt.device)
-    x0 = Diffusion(model.config).clean(model(xt, level, both, guess).float(), xt, level[:, None, None])
-    heard, silent = x0.split(len(ctx)) if cfg != 1 else (x0, x0)
+    x0 = Diffusion(model.config).clean(model(xt, level, ctx, guess).float(), xt, level[:, None, None])
+    if cfg == 1:
+        return x0
+    heard, silent = x0.chunk(2)
     return silent + cfg * (heard - silent)
 
 
