@@ -25,7 +25,6 @@ import contextlib
 import copy
 import dataclasses
 import functools
-import itertools
 import json
 import math
 import os
@@ -37,12 +36,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_optimizer_state_dict,
+                                                     set_model_state_dict, set_optimizer_state_dict)
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from corpus import (DECODER_FFT, FRAME_RATE, HOP, MELS, UserError, griffin_lim, istft, keyed, keyed_noise, lock,
-                    log_mel, open_corpus, pitch, printable, pulses, reason, replacing, save_audio, stft, unmel)
+                    log_mel, open_corpus, pitch, printable, pulses, replacing, save_audio, stft, unmel)
+from devices import compiled, decide, from_rank_0, rank_0_first, ranks, shard, together
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Config. One dial, the depth L: the width is 128 L [paper], heads are 64 wide, and `--size` names a depth with the
@@ -102,7 +107,7 @@ class Config:
 
     steps: int = opt(None, "optimiser steps; a larger number extends a finished run", above=0, section="training")
     batch_size: int = opt(None, "windows a step, over all devices", above=0, most=1000000)
-    micro_batch: int = opt(0, "windows a forward pass, to save memory; 0: all at once", least=0)
+    micro_batch: int = opt(0, "windows a forward pass of a device, to save memory; 0: all of its share", least=0)
     optimizer: str = opt(None, "for the hidden matrices; all else is AdamW's, as in the paper", "adamw", "muon")
     lr: float = opt(1e-3, "AdamW learning rate of the base model (L = 4); other sizes follow by muP", above=0)
     muon_lr: float = opt(0.02, "Muon learning rate, the same at every width", above=0)
@@ -117,8 +122,14 @@ class Config:
     out: str = opt(None, "run folder; out/SIZE unless you say otherwise", section="machine")
     device: str = opt("auto", "cuda, mps, cpu; auto takes the first there is")
     dtype: str = opt("auto", "of matrix products; auto is bf16 where the hardware has it", "auto", "bf16", "fp32")
-    compile: bool = opt(False, "torch.compile the network")
-    dry_run: bool = opt(False, "say what would be done, and stop")
+    compile: bool = opt(False, "torch.compile the network, where that works")
+    parallel: str = opt("ddp", "under torchrun, each device holds a copy of the model (DDP), or a shard (FSDP)", "ddp",
+                        "fsdp")
+    checkpoint_activations: bool = opt(False, "to save memory, keep only what enters a block, and compute it again")
+    print_params: bool = opt(False, "say each parameter's shape, role, learning rate and weight decay, and stop")
+    dry_run: bool = opt(False, "say what a run would be, and what it takes, and stop")
+    devices: int = opt(1, "with --dry-run: on so many devices", above=0)
+    tflops: float = opt(400.0, "with --dry-run: what a device keeps up; 400 is 40 % of an H100's bf16 peak", above=0)
     json: bool = opt(False, "with --dry-run: say it as JSON")
 
     def __post_init__(self):
@@ -409,16 +420,22 @@ def linear(fan_in, fan_out, role, bias=False):
     model says 0; the others keep the variance of what goes through them."""
     layer = nn.Linear(fan_in, fan_out, bias=bias)
     nn.init.normal_(layer.weight, std=0 if role in ("adaln", "output") else fan_in ** -0.5)
-    layer.weight.role = role
+    layer.role = role
     if bias:
         nn.init.zeros_(layer.bias)
-        layer.bias.role = "bias"
     return layer
 
 
 def modulate(x, shift, scale):
     """Normalise, then move as the noise level says: x (B, T, d) with (B, 1, d) each."""
     return F.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift
+
+
+def turns(tokens, size, device):
+    """Cosines and sines (T, 1, 1, D/2) of the angles by which positions turn heads of size D."""
+    speed = 10_000 ** -torch.linspace(0, 1, size // 2, device=device)
+    angles = torch.arange(tokens, device=device)[:, None, None, None] * speed
+    return angles.cos(), angles.sin()
 
 
 def rotate(x, cos, sin):
@@ -483,7 +500,7 @@ class MMDiT(nn.Module):
     def __init__(self, config):
         super().__init__()
         d, k, heads = config.width, config.patch_size, max(1, config.width // 64)
-        self.config, self.patch = config, k
+        self.config, self.patch, self.again = config, k, config.checkpoint_activations
         self.register_buffer("silence", torch.zeros(config.channels))         # a frame of digital zero, for guidance
         self.enter_ctx, self.enter_gen = (linear(k * config.channels, d, "input", bias=True) for _ in range(2))
         self.enter_guess = linear(k * config.channels, d, "input") if config.self_condition else None
@@ -491,10 +508,6 @@ class MMDiT(nn.Module):
         self.blocks = nn.ModuleList(Block(d, heads, last=i == config.depth - 1) for i in range(config.depth))
         self.final = linear(d, 2 * d, "adaln", bias=True)
         self.leave = linear(d, k * config.channels, "output", bias=True)
-        turn = 10_000 ** -torch.linspace(0, 1, d // heads // 2)
-        angles = torch.arange((config.ctx_frames + config.gen_frames) // k)[:, None, None, None] * turn
-        self.register_buffer("cos", angles.cos(), persistent=False)           # (T, 1, 1, D/2)
-        self.register_buffer("sin", angles.sin(), persistent=False)
 
     def embed(self, phi):
         """Noise level (B,) -> (B, 1, d): sines and cosines of 128 frequencies, then a small MLP."""
@@ -508,9 +521,11 @@ class MMDiT(nn.Module):
         c, ctx, gen = self.embed(phi), self.enter_ctx(patches(ctx)), self.enter_gen(patches(xt))
         if self.enter_guess is not None and guess is not None:
             gen = gen + self.enter_guess(patches(guess))
-        cos, sin = self.cos.to(gen.dtype), self.sin.to(gen.dtype)
+        head = gen.shape[-1] // self.blocks[0].heads
+        cos, sin = (x.to(gen.dtype) for x in turns(ctx.shape[1] + gen.shape[1], head, gen.device))
         for block in self.blocks:
-            ctx, gen = block(ctx, gen, c, cos, sin, BASE_DEPTH / len(self.blocks))
+            run = functools.partial(checkpoint, block, use_reentrant=False) if self.again else block
+            ctx, gen = run(ctx, gen, c, cos, sin, BASE_DEPTH / len(self.blocks))
         gen = self.leave(modulate(gen, *self.final(c).chunk(2, dim=-1)))
         return gen.unflatten(2, (self.patch, -1)).flatten(1, 2)                # (B, Tg/k, k*C) -> (B, Tg, C)
 
@@ -604,16 +619,22 @@ ROLES = {  # role: (learning rate, weight decay), relative to the base's, as fun
 }
 
 
+def role(model, name):
+    """The role of a parameter in `ROLES`, by its name. Every weight belongs to a layer that `linear` made."""
+    layer, _, kind = name.rpartition(".")
+    return "bias" if kind == "bias" else model.get_submodule(layer).role
+
+
 def make_optimizers(model, config):
     """Optimisers over all parameters, by role; each group keeps its full learning rate as `peak`."""
     m, roles = config.width / BASE_WIDTH, {role: [] for role in ROLES}
-    for parameter in model.parameters():
-        roles[parameter.role].append(parameter)
+    for name, parameter in model.named_parameters():
+        roles[role(model, name)].append(parameter)
     matrices = roles.pop("hidden") if config.optimizer == "muon" and hasattr(torch.optim, "Muon") else []  # torch 2.9
     groups = [dict(params=parameters, lr=config.lr * rate(m), weight_decay=config.weight_decay * decay(m))
               for role, parameters in roles.items() for rate, decay in [ROLES[role]]]
     epsilon = 1e-8 / m * BASE_DEPTH / config.depth  # gradients shrink with the residual branches
-    optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=epsilon, fused=True)]
+    optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=epsilon, fused=not next(model.parameters()).is_meta)]
     if matrices:
         decay = config.weight_decay * config.lr / config.muon_lr
         optimizers.append(torch.optim.Muon(matrices, config.muon_lr, decay, momentum=0.95, adjust_lr_fn="original"))
@@ -639,7 +660,8 @@ def decay_start(steps):
 # Checkpoints. Tensors and plain values only, loaded with weights_only=True: a file from the internet can run no code.
 # Written under a temporary name, flushed to the disk, then renamed: there is a whole checkpoint at every moment.
 
-FREE = {"out", "steps", "micro_batch", "eval_every", "device", "dtype", "compile", "dry_run", "json"}  # may change
+FREE = {"out", "steps", "micro_batch", "eval_every", "device", "dtype", "compile", "parallel", "checkpoint_activations",
+        "print_params", "dry_run", "devices", "tflops", "json"}  # may change
 
 
 def save(path, **contents):
@@ -738,26 +760,10 @@ def load_run(folder, device="cpu"):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Training. What a step does depends on the weights and on the step's number alone: see `keyed`.
+# Training. What a step does depends on the weights and on the step's number alone: see `keyed`. Under torchrun
+# this program runs once a device, as so many ranks: each takes its share of every batch, and rank 0 writes.
 
 ANGLES = [math.pi / 2 * (i + 0.5) / 10 for i in range(10)]  # where validation looks, whatever schedule is trained
-
-
-def decide(config):
-    """(device, dtype) from what was asked and what the machine has. Raises UserError for a device that isn't there."""
-    name = config.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()                                  # "meta" has no numbers
-    except (RuntimeError, AssertionError, ImportError) as error:
-        raise UserError(f"--device {name}: {reason(error)}") from None
-    hardware = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8 or device.type == "cpu" and (
-        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-    return device, torch.bfloat16 if config.dtype == "bf16" or config.dtype == "auto" and hardware else torch.float32
 
 
 class Trainer:
@@ -765,14 +771,25 @@ class Trainer:
 
     def __init__(self, config, corpus, autoencoder, device, dtype):
         self.config, self.corpus, self.autoencoder, self.device, self.dtype = config, corpus, autoencoder, device, dtype
+        (self.rank, self.ranks), self.sharded, self.size = ranks(), config.parallel == "fsdp", count(config)
         torch.manual_seed(config.seed)
-        self.model = MMDiT(config)
-        self.model.silence.copy_(autoencoder.encode(torch.zeros(1, 33 * HOP, device=device))[0, 16])
-        self.model.to(device)
-        self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
-        self.network = torch.compile(self.model) if config.compile else self.model
+        with torch.device("meta" if self.sharded and self.rank else "cpu"):
+            model = MMDiT(config)
+        model.silence.copy_(autoencoder.encode(torch.zeros(1, 33 * HOP, device=device))[0, 16])
+        self.model, self.ema = (shard(model, device, dtype) if self.sharded else copy.deepcopy(model).to(device)
+                                for _ in range(2))
+        self.ema.eval().requires_grad_(False)
+        self.network = self.model
+        if dist.is_initialized() and not self.sharded:                        # without a guess, some weights are idle
+            self.network = DistributedDataParallel(self.model, gradient_as_bucket_view=True,
+                                                   find_unused_parameters=config.self_condition > 0)
+        self.network = compiled(self.network, device) if config.compile else self.network
         self.diffusion, self.optimizers = Diffusion(config), make_optimizers(self.model, config)
+        get_optimizer_state_dict(self.model, self.optimizers)                 # makes their state by an empty step ...
+        for state in [state for optimizer in self.optimizers for state in optimizer.state.values() if "step" in state]:
+            state["step"].zero_()                                             # ... which must not count
         self.done, self.skipped, self.failed = 0, 0, 0                        # steps: all, not finite, and in a row
+        self.signals, self.stopped = [], False                                # this rank's; whether any rank has one
 
     def precision(self):
         """The context in which the network runs: bf16 matrix products, float32 weights."""
@@ -781,8 +798,12 @@ class Trainer:
     def frames(self, split, keys):
         """Windows as context (B, Tc, C) and continuation (B, Tg, C) on the device."""
         window = self.config.ctx_frames + self.config.gen_frames
-        mel = torch.from_numpy(self.corpus.windows("mel", split, keys, window)).to(self.device, non_blocking=True)
+        mel = self.send(torch.from_numpy(self.corpus.windows("mel", split, keys, window)))
         return self.autoencoder.from_mel(mel).split((self.config.ctx_frames, self.config.gen_frames), dim=1)
+
+    def send(self, tensor):
+        """To the device, without waiting for it."""
+        return (tensor.pin_memory() if self.device.type == "cuda" else tensor).to(self.device, non_blocking=True)
 
     def batch(self, part, size):
         """Windows `part` to `part + size` of a step's batch: x0 (B, Tg, C), context, noise level (B,), noise like x0.
@@ -790,24 +811,36 @@ class Trainer:
         c = self.config
         numbers = range(self.done * c.batch_size + part, self.done * c.batch_size + part + size)
         ctx, x0 = self.frames("train", [keyed(c.seed, "window", i) for i in numbers])
-        dropped = torch.tensor([keyed(c.seed, "drop", i) < c.ctx_drop * 2 ** 63 for i in numbers], device=self.device)
+        dropped = torch.tensor([keyed(c.seed, "drop", i) < c.ctx_drop * 2 ** 63 for i in numbers])
         u = (torch.arange(part, part + size) + keyed(c.seed, "time", self.done) / 2 ** 63) / c.batch_size
         eps = torch.stack([keyed_noise(c.seed, "noise", i, x0.shape[1:], self.device) for i in numbers])
-        phi = self.diffusion.angle(self.diffusion.times(u)).to(self.device)
-        return x0, torch.where(dropped[:, None, None], self.model.silence, ctx), phi, eps
+        phi, dropped = self.send(self.diffusion.angle(self.diffusion.times(u))), self.send(dropped[:, None, None])
+        return x0, torch.where(dropped, self.model.silence, ctx), phi, eps
+
+    def accumulating(self, last):
+        """Ranks exchange gradients once a step, in the last of its backward passes."""
+        if self.sharded:
+            self.model.set_requires_gradient_sync(last)
+        return contextlib.nullcontext() if last else getattr(self.network, "no_sync", contextlib.nullcontext)()
 
     def step(self):
         """One optimiser step -> its line in the log. If its loss or gradient is not finite it changes no weight."""
-        c, loss = self.config, torch.zeros((), device=self.device)
-        micro, guess = c.micro_batch or c.batch_size, keyed(c.seed, "guess", self.done) < c.self_condition * 2 ** 63
-        for part in range(0, c.batch_size, micro):
+        c, share = self.config, self.config.batch_size // self.ranks
+        micro, guess = c.micro_batch or share, keyed(c.seed, "guess", self.done) < c.self_condition * 2 ** 63
+        total, end = torch.zeros(2, device=self.device), (self.rank + 1) * share  # of all ranks: loss, signals
+        for part in range(end - share, end, micro):
             x0, ctx, phi, eps = self.batch(part, micro)
-            with self.precision():
-                share = self.diffusion.loss(self.network, x0, ctx, phi, eps, guess).sum() / c.batch_size
-            share.backward()
-            loss += share.detach()
+            with self.accumulating(last=part + micro == end):
+                with self.precision():
+                    loss = self.diffusion.loss(self.network, x0, ctx, phi, eps, guess).sum() / c.batch_size
+                (loss * self.ranks).backward()                                # what is exchanged is the average
+            total[0] += loss.detach()
+        total[1] = len(self.signals)
+        if dist.is_initialized():
+            dist.all_reduce(total)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), c.clip)
-        loss, norm = torch.stack([loss, norm]).tolist()                       # the one wait for the device
+        norm = norm.full_tensor() if self.sharded else norm
+        loss, self.stopped, norm = torch.stack([*total, norm]).tolist()       # the one wait for the device
         factor = lr_factor(c, self.done)
         if math.isfinite(loss + norm):
             self.failed = 0
@@ -826,62 +859,51 @@ class Trainer:
                                 "--lr or --muon-lr, or --dtype fp32")
         self.model.zero_grad(set_to_none=True)
         self.done += 1
-        hours = self.done * c.batch_size * (c.ctx_frames + c.gen_frames) / FRAME_RATE / 3600
+        windows = self.done * c.batch_size
+        hours = windows * (c.ctx_frames + c.gen_frames) / FRAME_RATE / 3600
         return {"step": self.done, "loss": loss, "gradient": norm, "lr": c.lr * factor, "skipped": self.skipped,
+                "tokens": windows * self.size["tokens"], "flops": windows * self.size["flops"],
                 "hours": hours, "epochs": hours / self.corpus.hours("train")}
 
     @torch.no_grad()
-    def validate(self, count=64):
+    def validate(self, number=64):
         """Loss of the averaged weights on fixed held-out windows and noise, {log-SNR: loss} at ten angles; "mean" is
         the paper's loss under the cosine schedule, whatever was trained, so that runs compare."""
-        ctx, x0 = self.frames("valid", [keyed(0, "validation", i) for i in range(count)])
-        eps = torch.stack([keyed_noise(0, "validation", i, x0.shape[1:], self.device) for i in range(count)])
-        parts, losses = [part.split(self.config.batch_size) for part in (x0, ctx, eps)], {}
+        mine = range(self.rank, -(-number // self.ranks) * self.ranks, self.ranks)  # as many for each rank, to the end
+        ctx, x0 = self.frames("valid", [keyed(0, "validation", i) for i in mine])
+        eps = torch.stack([keyed_noise(0, "validation", i, x0.shape[1:], self.device) for i in mine])
+        size, losses = self.config.micro_batch or self.config.batch_size // self.ranks, []
         for angle in ANGLES:
-            phi = torch.full((count,), angle, device=self.device).split(self.config.batch_size)
+            parts = [part.split(size) for part in (x0, ctx, torch.full((len(mine),), angle, device=self.device), eps)]
             with self.precision():
-                loss = torch.cat([self.diffusion.loss(self.ema, x, c, p, e) for x, c, e, p in zip(*parts, phi)])
-            losses[f"{-2 * math.log(math.tan(angle)):.1f}"] = loss.mean().item()
-        return {"mean": sum(losses.values()) / len(losses)} | losses
+                loss = torch.cat([self.diffusion.loss(self.ema, *part) for part in zip(*parts)])
+            losses.append(loss[:len(range(self.rank, number, self.ranks))].sum() / number)
+        losses = torch.stack(losses)
+        if dist.is_initialized():
+            dist.all_reduce(losses)
+        levels = [f"{-2 * math.log(math.tan(angle)):.1f}" for angle in ANGLES]
+        return {"mean": losses.mean().item()} | dict(zip(levels, losses.tolist()))
 
     def save(self, path):
-        save(path, step=self.done, steps=self.config.steps, skipped=self.skipped, model=self.model.state_dict(),
-             ema=self.ema.state_dict(), optimizers=[optimizer.state_dict() for optimizer in self.optimizers])
+        """Write a checkpoint: full state dicts, gathered in rank 0's memory, the same for any number of ranks."""
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        optimizer = get_optimizer_state_dict(self.model, self.optimizers, options=options)
+        model, ema = (get_model_state_dict(model, options=options) for model in (self.model, self.ema))
+        if self.rank == 0:
+            save(path, step=self.done, steps=self.config.steps, skipped=self.skipped, model=model, ema=ema,
+                 optimizer=optimizer)
 
     def restore(self, found):
-        self.model.load_state_dict(found["model"])
-        self.ema.load_state_dict(found["ema"])
-        for optimizer, state in zip(self.optimizers, found["optimizers"]):
-            optimizer.load_state_dict(state)
-        self.done, self.skipped = found["step"], found["skipped"]
-
-
-def forecast(config, device, dtype):
-    """Seconds that (a decoder step, a training step) take here, from a few steps of each that leave nothing behind."""
-    autoencoder, model = AudioAutoencoder(config.latent_dim, config.decoder).to(device), MMDiT(config).to(device)
-    optimizers, diffusion = make_optimizers(model, config), Diffusion(config)
-    micro, wave = config.micro_batch or config.batch_size, torch.randn(16, 48 * HOP, device=device)
-    ctx, x0 = (torch.randn(micro, n, config.channels, device=device) for n in (config.ctx_frames, config.gen_frames))
-
-    def decoder_step():
-        autoencoder.decoder_loss(wave, dtype).backward()
-
-    def training_step():
-        for _ in range(config.batch_size // micro):
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                guess = config.self_condition > 0
-                diffusion.loss(model, x0, ctx, torch.ones(micro, device=device), x0, guess).mean().backward()
-        for optimizer in optimizers:
-            optimizer.step()
-
-    fastest = []
-    for step in [decoder_step] * (config.decoder == "neural") + [training_step]:
-        times = [time.perf_counter()]
-        for _ in range(4):
-            step()
-            times.append(time.perf_counter())
-        fastest.append(min(b - a for a, b in itertools.pairwise(times)))
-    return fastest[-1], sum(fastest[:-1])
+        """Go on from a checkpoint that rank 0 has loaded, if there is one; for the other ranks `found` is None."""
+        done = torch.tensor([found["step"], found["skipped"]] if found else [0, 0], device=self.device)
+        if dist.is_initialized():
+            dist.broadcast(done, 0)
+        self.done, self.skipped = done.tolist()
+        if self.done:
+            found = found or {"model": {}, "ema": {}, "optimizer": {}}
+            set_model_state_dict(self.model, found["model"], options=from_rank_0())
+            set_model_state_dict(self.ema, found["ema"], options=from_rank_0())
+            set_optimizer_state_dict(self.model, self.optimizers, found["optimizer"], options=from_rank_0())
 
 
 @contextlib.contextmanager
@@ -902,45 +924,47 @@ def interruptible():
 
 def train(config):
     """From a config to a run folder full of sound. The same config goes on where it stopped."""
+    import plan
     device, dtype = decide(config)
-    with claim(config):
-        size, (step, decoder_step) = count(config), forecast(config, device, dtype)
-        print(f"{config.size}: {size['parameters'] / 1e6:.2f} M parameters on {device} in {str(dtype)[6:]}; "
-              f"{config.steps} steps of {config.batch_size} windows of {size['tokens']} tokens, "
-              f"{size['flops'] * config.batch_size / 1e9:.3g} GFLOP a step")
-        print(f"about {decoder_step * config.decoder_steps / 60:.1f} min for the decoder and "
-              f"{step * config.steps / 60:.1f} min of training ({step:.3f} s a step), less what is done already; in a "
-              f"hurry: --steps {max(1, config.steps // 10)} --decoder griffinlim --out out/quick")
-        corpus = open_corpus(config)
-        with replacing(Path(config.out) / "config.json") as temporary:  # from here on the folder has this configuration
-            temporary.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-        trainer = Trainer(config, corpus, open_autoencoder(config, corpus, device), device, dtype)
-        with interruptible() as signals:
-            learn(trainer, Path(config.out), signals)
-        if signals:
+    plan.afford(config, device, dtype)
+    with together(config) as rank, contextlib.nullcontext() if rank else claim(config):
+        plan.announce(config, device, dtype)
+        with rank_0_first():                                                  # it makes what the others then find
+            corpus = open_corpus(config)
+            if rank == 0:
+                with replacing(Path(config.out) / "config.json") as temporary:  # the folder is of this configuration
+                    temporary.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+            autoencoder = open_autoencoder(config, corpus, device)
+        trainer = Trainer(config, corpus, autoencoder, device, dtype)
+        with interruptible() as trainer.signals:
+            learn(trainer, Path(config.out))
+        if trainer.stopped:
             print(f"stopped after step {trainer.done}; the same command goes on from there")
-            raise SystemExit(128 + signals[0])
-        listen(config.out, device)
+            raise SystemExit(128 + (trainer.signals or [signal.SIGTERM])[0])
+        if not rank:
+            listen(config.out, device)
 
 
-def learn(trainer, folder, signals):
+def learn(trainer, folder):
     """The loop: steps, a line of log.jsonl for each, and now and then a validation and a checkpoint."""
     config, rate = trainer.config, trainer.config.batch_size * (trainer.config.ctx_frames + trainer.config.gen_frames)
-    if (found := newest(folder, config)) is not None:
-        trainer.restore(found)
+    trainer.restore(None if trainer.rank else newest(folder, config))
+    if trainer.done:
         print(f"going on from step {trainer.done}")
-    trim_log(folder / "log.jsonl", trainer.done)
+    if trainer.rank == 0:
+        trim_log(folder / "log.jsonl", trainer.done)
     first, shown = trainer.done, {}
 
     def keep(name):                                                           # what is saved is in the log already
-        log.flush()
-        os.fsync(log.fileno())
+        if trainer.rank == 0:
+            log.flush()
+            os.fsync(log.fileno())
         trainer.save(folder / name)
 
-    with (tqdm(initial=first, total=config.steps, desc="training", unit="step") as bar,
-          open(folder / "log.jsonl", "a") as log):
+    with (tqdm(initial=first, total=config.steps, desc="training", unit="step", disable=trainer.rank > 0) as bar,
+          open(os.devnull if trainer.rank else folder / "log.jsonl", "a") as log):
         begun = time.perf_counter()
-        while trainer.done < config.steps and not signals:
+        while trainer.done < config.steps and not trainer.stopped:
             if config.lr_schedule == "wsd" and trainer.done == decay_start(config.steps):
                 keep("trunk.pt")                                              # a longer run will go on from here
             row = trainer.step()
@@ -954,7 +978,7 @@ def learn(trainer, folder, signals):
                 bar.set_postfix(shown, refresh=False)
             log.write(json.dumps(row) + "\n")
             bar.update()
-            if due or signals:
+            if due or trainer.stopped:
                 keep("checkpoint.pt")
 
 
@@ -1009,17 +1033,6 @@ def parse(argv=None):
     return Config(**vars(parser.parse_args(argv)))
 
 
-def dry_run(config):
-    """Say what a run would be, without data and without allocating it."""
-    device, dtype = decide(config)
-    size = count(config)
-    step = {"tokens_per_step": size["tokens"] * config.batch_size, "flops_per_step": size["flops"] * config.batch_size}
-    facts = {"size": config.size, "device": str(device), "dtype": str(dtype)[6:], "parameters": size["parameters"],
-             "ctx_frames": config.ctx_frames, "gen_frames": config.gen_frames, **step,
-             "tokens": step["tokens_per_step"] * config.steps, "flops": step["flops_per_step"] * config.steps}
-    print(json.dumps(facts) if config.json else "\n".join(f"{name:>18}  {value}" for name, value in facts.items()))
-
-
 def cli(main):
     """Run a program's `main`: a user's mistake, or the disk's, is one line and exit status 2; SIGTERM is as Ctrl-C."""
     def terminated(number, frame):
@@ -1029,7 +1042,8 @@ def cli(main):
     try:
         main()
     except (UserError, OSError) as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
+        if ranks()[0] == 0 or dist.is_initialized():                          # what all ranks are told, one says
+            print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stopped:
         print("stopped; the same command goes on from what is done", file=sys.stderr)
@@ -1037,8 +1051,9 @@ def cli(main):
 
 
 def main():
+    import plan
     config = parse()
-    dry_run(config) if config.dry_run else train(config)
+    (plan.dry_run if config.dry_run else plan.print_params if config.print_params else train)(config)
 
 
 if __name__ == "__main__":

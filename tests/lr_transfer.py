@@ -22,7 +22,7 @@ from corpus import open_corpus  # noqa: E402
 RESULTS, FIGURE = ROOT / "results/lr_transfer.csv", ROOT / "assets/transfer.png"
 STEPS, SEEDS, AXES = 200, (0, 1), {"width": [(64, 2), (128, 2), (256, 2), (512, 2)],
                                    "depth": [(128, 1), (128, 2), (128, 4), (128, 8)]}
-RATES = {"muP": [2.0 ** i for i in range(-11, -5)], "standard": [2.0 ** i for i in range(-10, -4)]}
+RATES = {"muP": [2.0 ** i for i in range(-11, -6)], "standard": [2.0 ** i for i in range(-10, -4)]}
 FIELDS = ("parametrisation", "width", "depth", "lr", "seed", "loss")
 
 

@@ -18,6 +18,7 @@ import torch
 
 import cdslm
 import corpus
+import plan
 from cdslm import load, newest, save, train
 from corpus import UserError, open_corpus
 from tests.conftest import ROOT, SMALL, command, flags
@@ -43,7 +44,7 @@ def program(words, cache, pipe):
     """What `python cdslm.py WORDS` does, in a process that can be killed, without forecast and sound."""
     os.environ["CDSLM_CACHE"] = str(cache)
     sys.stdout = sys.stderr = open(os.devnull, "w")
-    cdslm.listen, cdslm.forecast = lambda *_: None, lambda *_: (0, 0)
+    cdslm.listen, plan.announce = lambda *_: None, lambda *_: None
     for phase, (owner, name) in PHASES.items():
         setattr(owner, name, told(pipe, phase, getattr(owner, name)))
     train(cdslm.parse(words))

@@ -1,0 +1,109 @@
+"""Where the program runs: device and precision, and many devices at once.
+
+    torchrun --nproc_per_node=8 cdslm.py --size medium                     a copy of the model on each device (DDP)
+    torchrun --nproc_per_node=8 cdslm.py --size 11b --parallel fsdp        a shard of it on each (FSDP2)
+
+torchrun runs the program once a device; each of these processes is a rank. Nothing here knows of speech.
+"""
+import contextlib
+import datetime
+import os
+import sys
+import warnings
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from corpus import UserError, reason
+
+
+def decide(config):
+    """(device, dtype) from what was asked and what the machine has. Raises UserError for a device that isn't there."""
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()                                  # "meta" has no numbers
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise UserError(f"--device {name}: {reason(error)}") from None
+    hardware = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8 or device.type == "cpu" and (
+        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    if device.type == "cuda":
+        torch.cuda.set_device(device := torch.device("cuda", device.index or int(os.environ.get("LOCAL_RANK", 0))))
+        torch.set_float32_matmul_precision("high")                            # TF32
+    return device, torch.bfloat16 if config.dtype == "bf16" or config.dtype == "auto" and hardware else torch.float32
+
+
+def ranks():
+    """Which of the processes that torchrun started this is, and how many there are; without torchrun 0 and 1."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+@contextlib.contextmanager
+def together(config):
+    """Under torchrun, in touch with the other ranks. If one of them is lost, the others soon stop with a UserError."""
+    (rank, count), launched = ranks(), "WORLD_SIZE" in os.environ
+    if config.parallel == "fsdp" and not launched:
+        raise UserError("--parallel fsdp is for many devices: torchrun --nproc_per_node=8 cdslm.py --parallel fsdp ...")
+    if config.parallel == "fsdp" and config.optimizer == "muon":
+        raise UserError("--parallel fsdp needs --optimizer adamw: Muon updates whole matrices, not shards of them")
+    if config.batch_size % (count * (config.micro_batch or 1)):
+        raise UserError(f"--batch-size {config.batch_size} must divide evenly over {count} devices and forward passes "
+                        f"of {config.micro_batch or 1} windows")
+    if not launched:
+        yield rank
+        return
+    dist.init_process_group(timeout=datetime.timedelta(minutes=10))
+    sys.stdout = open(os.devnull, "w") if rank else sys.stdout
+    try:
+        yield rank
+    except RuntimeError as error:
+        if "gloo" not in str(error) and not isinstance(error, dist.DistError):
+            raise
+        raise UserError(f"rank {rank}: another rank stopped, or is out of reach; the last checkpoint is whole, and the "
+                        "same command goes on from it") from None
+    dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def rank_0_first():
+    """What is done within, rank 0 does alone, however long it takes; then the others do it."""
+    patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7)) if dist.is_initialized() else None
+    if ranks()[0]:
+        dist.barrier(patient)
+    yield
+    if patient and ranks()[0] == 0:
+        dist.barrier(patient)
+
+
+def shard(model, device, dtype):
+    """A copy of a model, in shards over all ranks (FSDP2), with rank 0's weights. Blocks are gathered when they are
+    needed, in `dtype`; gradients are averaged and weights updated in float32."""
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module")                 # nothing writes into the model's output
+    policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)      # noise levels stay precise
+    with torch.device("meta"):
+        sharded = type(model)(model.config)
+    for part in [*sharded.blocks, sharded]:
+        fully_shard(part, mp_policy=policy, reshard_after_forward=True)
+    sharded.to_empty(device=device)
+    set_model_state_dict(sharded, {} if ranks()[0] else model.state_dict(), options=from_rank_0())
+    return sharded
+
+
+def from_rank_0():
+    """How full state dicts are loaded: rank 0 has them, and hands each rank what it needs."""
+    return StateDictOptions(full_state_dict=True, broadcast_from_rank0=dist.is_initialized())
+
+
+def compiled(network, device):
+    """torch.compile it, where a trial shows that this works; elsewhere say why not, and go on without."""
+    try:
+        torch.compile(F.gelu)(torch.ones(8, device=device))
+        return torch.compile(network)
+    except Exception as error:  # each platform and compiler has its own
+        print(f"--compile does not work here ({reason(error)}); going on without")
+        return network

@@ -1,0 +1,139 @@
+"""Many devices: here two processes on a CPU, which talk through gloo."""
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+
+import pytest
+import torch
+
+import cdslm
+import devices
+from cdslm import load, load_run, train
+from corpus import UserError
+from tests.conftest import SMALL, flags
+from tests.test_training import log
+
+RUN = SMALL | dict(depth=2, steps=4, eval_every=2, optimizer="adamw", self_condition=0.5, ctx_drop=0.3)
+
+
+def program(words, place, said, fault):
+    """What `python cdslm.py WORDS` does as one of torchrun's processes, but for sound; it says it to a file. A `fault`
+    is a signal that this process gets in a step."""
+    os.environ.update(place)
+    sys.stdout = sys.stderr = open(said, "w", buffering=1)
+    sys.argv, step = ["cdslm.py", *words], cdslm.Trainer.step
+
+    def faulty(trainer):
+        if fault and trainer.done == fault[0]:
+            os.kill(os.getpid(), fault[1])
+        return step(trainer)
+
+    cdslm.Trainer.step, cdslm.listen = faulty, lambda *_: print("listen")
+    cdslm.cli(cdslm.main)
+
+
+def run(folder, ranks=2, fault=None, **settings):
+    """Run as `torchrun --nproc_per_node=RANKS` would; the last rank has the fault. [(exit status, lines), ...]"""
+    processes, folder = multiprocessing.get_context("forkserver"), folder / "said"
+    processes.set_forkserver_preload([__name__])                       # torch is imported once
+    folder.mkdir(exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE=str(ranks))
+    begun = []
+    for rank in range(ranks):
+        here = place | dict(RANK=str(rank), LOCAL_RANK=str(rank)) if ranks > 1 else {}
+        words = flags(**RUN | dict(out=folder.parent / "run") | settings)
+        words = [word for word in words if word != "True"]             # --compile has no value
+        begun.append(processes.Process(target=program, args=(
+            words, here | {"CDSLM_CACHE": os.environ["CDSLM_CACHE"]}, folder / str(rank), fault if rank == ranks - 1
+            else None)))
+        begun[-1].start()
+    for process in begun:
+        process.join(120)
+    texts = [(folder / str(rank)).read_text().splitlines() for rank in range(ranks)]
+    return [(process.exitcode, [line for line in lines if "step/s]" not in line and "window/s]" not in line])
+            for process, lines in zip(begun, texts)]
+
+
+@pytest.fixture(scope="module")
+def alone(cache, tmp_path_factory):
+    """The folder of a run on one device."""
+    folder = tmp_path_factory.mktemp("alone")
+    ((status, said),) = run(folder, ranks=1)
+    assert status == 0, said
+    return folder / "run"
+
+
+def assert_alike(folder, other):
+    """The same run but for rounding in float32."""
+    for kind in ("model", "ema"):
+        one, two = (torch.cat([tensor.flatten() for tensor in load(where / "checkpoint.pt")[kind].values()])
+                    for where in (folder, other))
+        assert (one - two).norm() < 1e-5 * one.norm(), kind
+    for row, expected in zip(log(folder), log(other), strict=True):
+        assert row["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert row["gradient"] == pytest.approx(expected["gradient"], rel=1e-4)
+        assert row.get("valid", {}) == pytest.approx(expected.get("valid", {}), rel=1e-5)
+        for name in ("step", "tokens", "flops", "hours"):
+            assert row[name] == expected[name]
+
+
+@pytest.mark.parametrize("settings", [
+    dict(parallel="ddp", micro_batch=1), dict(parallel="fsdp", checkpoint_activations=True),
+    pytest.param(dict(parallel="fsdp", micro_batch=1), marks=pytest.mark.slow),
+    pytest.param(dict(parallel="ddp", compile=True), marks=pytest.mark.slow)], ids=str)
+def test_two_ranks_are_the_run_on_one_device(alone, tmp_path, settings):
+    (status, said), (other, whispered) = run(tmp_path, **settings)
+    assert (status, other) == (0, 0), said + whispered
+    assert "2 ranks" in " ".join(said) and not whispered
+    assert_alike(tmp_path / "run", alone)
+    assert said[-1] == "listen" and load_run(tmp_path / "run")[0].parallel == settings["parallel"]
+
+
+@pytest.mark.parametrize("ways", [
+    ("fsdp", "one", "ddp"), pytest.param(("one", "fsdp", "one"), marks=pytest.mark.slow)], ids=" ".join)
+def test_a_run_goes_on_with_another_number_of_ranks(alone, tmp_path, ways):
+    """One of the ranks is told to stop: all finish the same step, and leave one checkpoint."""
+    for at, way in enumerate(ways):
+        alone_now, last = way == "one", at == len(ways) - 1
+        ended = run(tmp_path, 1 if alone_now else 2, None if last else (at, signal.SIGTERM),
+                    parallel="ddp" if alone_now else way)
+        assert [status for status, _ in ended] == [0 if last else 143] * len(ended), ended
+        assert last or f"stopped after step {at + 1}; the same command goes on" in ended[0][1][-1]
+    assert_alike(tmp_path / "run", alone)
+
+
+def test_if_a_rank_dies_the_others_stop_with_one_line(tmp_path):
+    (status, said), (killed, _) = run(tmp_path, fault=(3, signal.SIGKILL))
+    assert (status, killed) == (2, -signal.SIGKILL)
+    assert said[-1].startswith("error: rank 0: another rank stopped") and "Traceback" not in " ".join(said)
+    assert load(tmp_path / "run/checkpoint.pt")["step"] == 2
+
+
+def test_what_all_ranks_are_told_one_says(tmp_path):
+    (status, said), (other, whispered) = run(tmp_path, batch_size=3)
+    assert (status, other) == (2, 2) and not whispered
+    assert len(said) == 1 and "--batch-size 3 must divide evenly over 2 devices" in said[0]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("settings, why", [
+    (dict(parallel="fsdp"), "torchrun"), (dict(parallel="fsdp", optimizer="muon"), "--optimizer adamw"),
+    (dict(batch_size=6, micro_batch=2), "divide evenly")])
+def test_what_can_not_be_spread_is_a_users_error(monkeypatch, small, tmp_path, settings, why):
+    if why != "torchrun":
+        monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=why) as error:
+        train(small(**RUN | settings))
+    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+def test_without_a_compiler_it_says_so_and_goes_on(monkeypatch, capsys):
+    def broken(*_):
+        raise RuntimeError("no compiler\nfor miles")
+    monkeypatch.setattr(torch, "compile", broken)
+    assert devices.compiled(len, "cpu") is len
+    assert capsys.readouterr().out == "--compile does not work here (no compiler); going on without\n"
