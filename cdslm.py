@@ -128,8 +128,8 @@ class Config:
     checkpoint_activations: bool = opt(False, "to save memory, keep only what enters a block, and compute it again")
     print_params: bool = opt(False, "say each parameter's shape, role, learning rate and weight decay, and stop")
     dry_run: bool = opt(False, "say what a run would be, and what it takes, and stop")
-    devices: int = opt(1, "with --dry-run: on so many devices", above=0)
-    tflops: float = opt(400.0, "with --dry-run: what a device keeps up; 400 is 40 % of an H100's bf16 peak", above=0)
+    devices: int = opt(0, "with --dry-run: on so many GPUs; 0: on this machine", least=0)
+    tflops: float = opt(400.0, "with --dry-run: what each keeps up; 400 is two fifths of an H100's bf16 peak", above=0)
     json: bool = opt(False, "with --dry-run: say it as JSON")
 
     def __post_init__(self):

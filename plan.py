@@ -63,8 +63,9 @@ def afford(config, device, dtype):
 
 def dry_run(config):
     """Say what a run would be, without data and without allocating it."""
-    device, dtype = decide(config)
-    size, devices = count(config), config.devices
+    (device, dtype), size, devices = decide(config), count(config), max(1, config.devices)
+    if config.devices:
+        device, dtype = torch.device("cuda"), torch.float32 if config.dtype == "fp32" else torch.bfloat16
     tokens, windows = size["tokens"] * config.batch_size, config.batch_size * config.steps
     facts = {"size": config.size, "device": str(device), "dtype": str(dtype)[6:], "parameters": size["parameters"],
              "ctx_frames": config.ctx_frames, "gen_frames": config.gen_frames, "tokens_per_step": tokens,

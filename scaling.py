@@ -29,10 +29,11 @@ from tqdm import tqdm
 
 import cdslm
 import eval_pjsd
-from cdslm import (Parser, Trainer, UserError, claim, cli, count, decay_start, decide, forecast, interruptible, newest,
+from cdslm import (Parser, Trainer, UserError, claim, cli, count, decay_start, decide, interruptible, newest,
                    open_autoencoder, sample)
 from corpus import FRAME_RATE, lock, open_corpus, replacing
 from listener import batched, load_listener, speak
+from plan import forecast
 from toyspeech import ToySpeech
 
 STUDY = ("--size tiny --self-condition 0 --t-shift 0 --optimizer adamw --decoder griffinlim --toy-hours 20 "

@@ -317,7 +317,7 @@ def bench_startup(quick, run):
 def first_step(folder, config):
     """Seconds until a run of this configuration in this folder has done a step."""
     settings = {f"--{name.replace('_', '-')}": value for name, value in vars(config).items()
-                if name not in ("out", "json", "dry_run", "compile", "zero_terminal_snr")}
+                if name != "out" and not isinstance(value, bool)}
     words = [str(word) for pair in settings.items() for word in pair]
     begun = time.perf_counter()
     with subprocess.Popen([sys.executable, ROOT / "cdslm.py", *words, "--out", folder], stdout=subprocess.DEVNULL,

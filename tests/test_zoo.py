@@ -14,6 +14,7 @@ import soundfile
 import torch
 
 import cdslm
+import plan
 import sample
 from corpus import AUDIO_FILES, RATE, UserError, folder_source, load_audio, open_corpus, printable
 from tests.conftest import speech_like
@@ -242,7 +243,7 @@ def test_any_command_line_passes_a_dry_run_or_is_a_users_error(capsys):
     def check(flags):
         words = [word for flag in flags for word in flag]
         try:
-            cdslm.cli(lambda: cdslm.dry_run(cdslm.parse(words)))
+            cdslm.cli(lambda: plan.dry_run(cdslm.parse(words)))
             passed.append(words)
         except SystemExit as stopped:
             refused.append(words)
