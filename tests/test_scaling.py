@@ -1,0 +1,317 @@
+"""The scaling study: laws that are known are found again, odd tables are refused or named, and a small grid runs."""
+import csv
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+
+import laws
+import scaling
+from cdslm import UserError
+from laws import Law, edge, fit, fuse, optimum, parabola, read, study
+from tests.conftest import command
+
+CHINCHILLA = Law(1.82, 482, 2085, 0.348, 0.366)        # Besiroglu et al. 2024
+SMALLER = Law(0.008, 8, 300, 0.5, 0.6)                 # about as a laptop's
+
+
+def grid(law, budgets, sizes=12, noise=0.0, seed=0, reach=1.5, k=6.0, p=1.0):
+    """Runs around the optimum of each budget: N, D, C and loss, each (budgets * sizes,)."""
+    rng, rows = np.random.default_rng(seed), []
+    for C in budgets:
+        best = optimum(law, C, k, p)["N"]
+        rows += [(N, C / (k * N ** p), C) for N in best * np.exp(np.linspace(-reach, reach, sizes))]
+    N, D, C = np.array(rows).T
+    return N, D, C, law(N, D) * np.exp(noise * rng.standard_normal(len(N)))
+
+
+def metrics(law, N, D, a=(15.0, 30.0, 60.0), b=(1.3, 1.2, 1.0), floor=(0.002, 0.02, 0.08)):
+    """Metrics (n, 3) that follow a law's loss, and their floor, as `fuse` has them."""
+    a, b, floor = (np.array(x) for x in (a, b, floor))
+    return floor + (1 - floor) * (1 - np.exp(-a * (law(N, D) - law.E)[:, None] ** b)), np.tile(floor, (len(N), 1))
+
+
+def write(path, rows):
+    """Rows of a table as CSV or JSONL -> path."""
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
+            writer.writeheader()
+            writer.writerows(rows)
+    return path
+
+
+def table(names="N D loss", law=SMALLER, budgets=(1e12, 1e13), sizes=5, noise=0.01):
+    """Rows with these columns."""
+    columns = dict(zip(("N", "D", "C", "loss"), grid(law, budgets, sizes, noise)))
+    return [dict(zip(names.split(), map(float, row))) for row in zip(*(columns[name] for name in names.split()))]
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Few bootstrap samples: where only the rest matters."""
+    monkeypatch.setattr(laws, "SAMPLES", 4)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The law.
+
+def test_the_exponents_are_found_again_through_noise():
+    found = [fit(N, D, loss) for N, D, _, loss in
+             (grid(CHINCHILLA, np.logspace(18, 22, 10), noise=0.01, seed=seed) for seed in range(10))]
+    off = [max(abs(law.alpha / CHINCHILLA.alpha - 1), abs(law.beta / CHINCHILLA.beta - 1)) for law in found]
+    assert sum(x < 0.1 for x in off) >= 9, off
+
+
+@pytest.mark.parametrize("law", [CHINCHILLA, SMALLER, Law(1.69, 406.4, 410.7, 0.34, 0.28)])
+def test_a_law_without_noise_is_found_exactly(law):
+    N, D, _, loss = grid(law, np.geomspace(1e17, 1e22, 6) if law.E > 1 else np.geomspace(1e12, 1e14, 5), sizes=8)
+    found = fit(N, D, loss)
+    assert [found.E, found.A, found.B, found.alpha, found.beta] == pytest.approx(
+        [law.E, law.A, law.B, law.alpha, law.beta], rel=1e-3)
+
+
+def test_a_few_runs_gone_wrong_change_little():
+    N, D, _, loss = grid(CHINCHILLA, np.logspace(18, 22, 10), noise=0.003)
+    loss[[7, 50, 90]] *= 1.5
+    assert fit(N, D, loss).alpha == pytest.approx(CHINCHILLA.alpha, rel=0.1)
+
+
+def test_the_fit_is_where_no_other_law_is_better():
+    N, D, _, loss = grid(SMALLER, np.geomspace(1e12, 3e13, 4), sizes=5, noise=0.01)
+
+    def cost(law):
+        return np.abs(np.log(law(N, D) / loss)).mean()
+
+    best, rng = fit(N, D, loss), np.random.default_rng(0)
+    for size in (1e-3, 1e-2, 0.1):
+        for _ in range(100):
+            other = Law(*np.array(list(vars(best).values())) * np.exp(size * rng.standard_normal(5)))
+            assert cost(other) > cost(best) - 1e-5
+    assert cost(SMALLER) > cost(best)
+
+
+def test_the_optimum_is_the_lowest_point_of_its_isoflop():
+    for law, C, k, p in ((CHINCHILLA, 1e21, 6.0, 1.0), (SMALLER, 1e13, 2.6, 0.98)):
+        best = optimum(law, C, k, p)
+        assert k * best["N"] ** p * best["D"] == pytest.approx(C)
+        sizes = best["N"] * np.exp(np.linspace(-3, 3, 60_001))
+        loss = law(sizes, C / (k * sizes ** p))
+        assert sizes[loss.argmin()] == pytest.approx(best["N"], rel=1e-3) and loss.min() == pytest.approx(best["loss"])
+        u = np.array([-1e-3, 0, 1e-3])
+        logs = np.log(law(best["N"] * np.exp(u), best["D"] * np.exp(-p * u)))
+        assert best["kappa"] == pytest.approx((logs[0] - 2 * logs[1] + logs[2]) / 1e-6, rel=1e-3)
+        flat = sizes[loss <= 1.01 * loss.min()]
+        assert best["N_range"] == pytest.approx([flat[0], flat[-1]], rel=5e-3)
+        assert best["D_range"] == pytest.approx([C / (k * flat[-1] ** p), C / (k * flat[0] ** p)], rel=5e-3)
+
+
+def test_the_trends_are_those_of_the_optima():
+    k, p = 2.6, 0.98
+    first, last = (optimum(SMALLER, C, k, p) for C in (1e12, 1e14))
+    found = laws.trends(SMALLER, 1e12, 1e14, k, p)
+    for name in ("N", "D", "r", "kappa"):
+        assert found[f"{name}_exponent"] == pytest.approx(math.log(last[name] / first[name]) / math.log(100))
+    assert found["N_exponent_6ND"] == pytest.approx(0.6 / 1.1)
+
+
+def test_a_parabola_finds_a_bottom_or_says_there_is_none():
+    N = np.array([1e5, 2e5, 4e5, 9e5])
+    bottom = parabola(N, 0.03 * np.exp(0.1 * np.log(N / 3e5) ** 2))
+    assert bottom == pytest.approx({"N": 3e5, "kappa": 0.2})
+    assert math.isnan(parabola(N, 0.03 * np.exp(-0.1 * np.log(N / 3e5) ** 2))["N"])
+    assert math.isnan(parabola(N[:2], np.array([1.0, 2.0]))["N"])
+
+
+def test_an_optimum_at_the_edge_is_a_bound():
+    N, loss = np.array([1e5, 2e5, 4e5]), np.array([3.0, 2.0, 3.0])
+    assert edge(N, loss, 2e5) is None
+    assert edge(N, loss, 0.9e5) == edge(N, loss[[1, 0, 0]], 2e5) == "low"
+    assert edge(N, loss, 5e5) == edge(N, loss[[0, 0, 1]], 2e5) == "high"
+
+
+def test_metrics_are_fitted_with_the_law():
+    N, D, C, loss = grid(SMALLER, np.geomspace(1e12, 3e13, 4), sizes=6, noise=0.002)
+    pjsd, floor = metrics(SMALLER, N, D)
+    noisy = pjsd * np.exp(0.01 * np.random.default_rng(0).standard_normal(pjsd.shape))
+    runs = {"N": N, "D": D, "loss": loss, "pjsd": noisy, "pjsd_floor": floor}
+    predict, (a, b) = fuse(fit(N, D, loss), runs)
+    assert b == pytest.approx([1.3, 1.2, 1.0], rel=0.1)
+    better = optimum(SMALLER, 1e14)
+    N, D = np.array([better["N"]]), np.array([better["D"]])
+    guess = predict(N, D)
+    assert guess[0] == pytest.approx(SMALLER(N, D), rel=0.05)
+    assert guess[1][0] == pytest.approx(metrics(SMALLER, N, D)[0][0], rel=0.1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The report.
+
+@pytest.fixture(scope="module")
+def report():
+    """What a study says of 4 budgets, 6 sizes and three metrics, almost without noise, and of one budget twice."""
+    N, D, C, loss = grid(SMALLER, [1e12, 3e12, 1e13, 3e13], sizes=6, noise=0.003, k=2.6, p=0.98)
+    group = np.repeat(np.arange(4), 6)
+    pjsd, floor = metrics(SMALLER, N, D)
+    runs = {"N": N, "D": D, "C": C, "loss": loss, "group": group, "pjsd": pjsd, "pjsd_floor": floor}
+    runs = {name: np.concatenate([x, x[group == 1]]) for name, x in runs.items()}
+    runs["loss"][-6:] *= np.exp(0.01 * np.array([1, -1, 1, -1, 1, -1]))
+    runs["pjsd"][-6:] += 0.004
+    order = np.argsort(runs["C"], kind="stable")
+    return study({name: x[order] for name, x in runs.items()}, ["a note"])
+
+
+def test_the_report_finds_a_known_law(report):
+    k, p = report["cost"].values()
+    assert (k, p) == pytest.approx((2.6, 0.98))
+    for name, true in zip(("E", "A", "B", "alpha", "beta"), (0.008, 8, 300, 0.5, 0.6)):
+        low, high = report["interval"][name]
+        assert low < high and 0.9 * low < true < 1.1 * high
+    assert report["N_exponent"] == pytest.approx(0.6 / (0.5 + 0.98 * 0.6), rel=0.05)
+    for row in report["budgets"]:
+        true = optimum(SMALLER, row["C"], k, p)
+        assert row["N"] == pytest.approx(true["N"], rel=0.1) and row["r"] == pytest.approx(true["r"], rel=0.2)
+        assert row["parabola"]["N"] == pytest.approx(true["N"], rel=0.3)
+        assert row["interval"]["kappa"][0] <= row["kappa"] * 1.05 and row["edge"] is None
+        assert row["N_range"][0] < row["N"] < row["N_range"][1] and row["D_range"][0] < row["D"] < row["D_range"][1]
+    assert report["warnings"] == [] and report["excluded"] == ["a note"] and report["runs"] == 30
+
+
+def test_the_report_holds_out_and_compares_seeds(report):
+    assert 0 < report["heldout_error"] < 0.02 and 0 < report["heldout_error_fused"] < 0.02
+    assert all(0 <= x < 0.02 for x in report["heldout_pjsd"]) and len(report["pjsd"]["b"]) == 3
+    assert report["seeds"]["log_loss"] == pytest.approx(0.01 / math.sqrt(2), rel=1e-3)
+    assert report["seeds"]["pjsd"] == pytest.approx([0.004 / math.sqrt(2)] * 3)
+
+
+@pytest.mark.slow
+def test_intervals_cover_the_truth():
+    hits = total = 0
+    for seed in range(20):
+        N, D, C, loss = grid(SMALLER, np.geomspace(1e12, 3e13, 4), sizes=6, noise=0.01, seed=seed)
+        runs = {"N": N, "D": D, "C": C, "loss": loss, "group": np.repeat(np.arange(4), 6)}
+        interval = study(runs, [])["interval"]
+        for name, true in (("alpha", 0.5), ("beta", 0.6), ("N_exponent", 0.6 / 1.1)):
+            hits, total = hits + (interval[name][0] <= true <= interval[name][1]), total + 1
+    assert hits >= 0.8 * total
+
+
+def test_the_page_says_what_the_report_knows(report, capsys):
+    laws.page(report)
+    said = capsys.readouterr().out
+    for text in ("of 30 runs", f"{report['E']:.4g} [", "r* = D*/N*", "kappa", "N within 1%", "3e+13", "n = 3: a",
+                 f"off by {report['heldout_error']:.2%}", "two seeds differ", "a note"):
+        assert text in said, text
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tables, good and bad.
+
+def test_csv_and_jsonl_with_any_two_columns_say_the_same(tmp_path):
+    seen = []
+    for number, names in enumerate(("N D loss", "N C loss", "D C loss", "N D C loss")):
+        for suffix in (".csv", ".jsonl"):
+            runs, notes = read(write(tmp_path / f"{number}{suffix}", table(names)))
+            assert not notes and runs["group"].tolist() == [0] * 5 + [1] * 5
+            seen.append(np.stack([runs[name] for name in ("N", "D", "C", "loss")]))
+    for other in seen[1:]:
+        np.testing.assert_allclose(other, seen[0], rtol=1e-12)
+
+
+def test_the_order_of_rows_does_not_matter_and_what_is_there_twice_counts_once(tmp_path):
+    rows = table()
+    straight = read(write(tmp_path / "a.csv", rows))[0]
+    mixed, notes = read(write(tmp_path / "b.csv", rows[::-1] + rows[3:5]))
+    assert all(np.array_equal(straight[name], mixed[name]) for name in straight)
+    assert notes == ["2 rows for runs that have a later row"]
+
+
+def test_seeds_are_no_duplicates_and_a_run_tried_again_counts_as_it_ended(tmp_path):
+    rows = [row | {"size": f"s{i % 5}", "budget": 10.0 ** (12 + i // 5), "seed": 0} for i, row in enumerate(table())]
+    failed = {"size": "s0", "budget": 1e12, "seed": 0, "error": "ten steps in a row"}
+    runs, notes = read(write(tmp_path / "a.jsonl", [failed, *rows, rows[1] | {"seed": 1, "loss": 0.05}]))
+    assert len(runs["N"]) == 11 and notes == ["1 rows for runs that have a later row"]
+    _, notes = read(write(tmp_path / "b.jsonl", [*rows, failed | {"seed": 2}]))
+    assert notes == ["s0 at 1e+12 FLOPs: ten steps in a row"]
+
+
+def test_runs_that_are_not_numbers_are_left_out_and_named(tmp_path):
+    rows = table(sizes=6)
+    for i, bad in ((1, math.nan), (4, "diverged"), (7, math.inf), (9, -1.0)):
+        rows[i]["loss"] = bad
+    runs, notes = read(write(tmp_path / "runs.csv", rows))
+    assert len(runs["N"]) == 8
+    assert notes == [f"row {i}: N, D, C or its loss is not a positive number" for i in (2, 5, 8, 10)]
+
+
+@pytest.mark.parametrize("rows, message", [
+    (table(budgets=[1e12], sizes=8), "two budgets and six runs; here are 8, 1 and 8"),
+    (table("N D loss", sizes=2), "here are 4, 2 and 4"),
+    ([row | {"N": 1e6} for row in table()], "two sizes, two budgets and six runs; here are 1"),
+    ([row | {"loss": math.nan} for row in table()], "row 10: N, D, C or its loss"),
+    (table("N D"), "needs columns loss and two of N, D, C; has D, N"),
+    (table("N loss"), "needs columns loss and two of N, D, C; has N, loss"),
+    ([], "has none"),
+    ([row | {"pjsd": [0.1] * (i % 2), "pjsd_floor": [0.1]} for i, row in enumerate(table())], "as long in every row"),
+])
+def test_a_table_that_makes_no_law_is_one_line(tmp_path, rows, message):
+    with pytest.raises(UserError) as error:
+        read(write(tmp_path / "runs.jsonl", rows))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_is_no_table_is_one_line(tmp_path):
+    (tmp_path / "bad.jsonl").write_text("{not json\n")
+    (tmp_path / "list.jsonl").write_text("[1, 2]\n")
+    (tmp_path / "bytes.csv").write_bytes(b"\xff\xfe\x00")
+    for name, message in (("bad.jsonl", "neither CSV nor JSONL"), ("list.jsonl", "neither CSV nor JSONL"),
+                          ("bytes.csv", "neither CSV nor JSONL"), ("none.csv", "No such file"), (".", "No such file")):
+        done = command("scaling.py", "fit", tmp_path / name)
+        assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def fitted(*words):
+    """scaling.py fit ..., in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["scaling.py", "fit", *map(str, words)])
+        scaling.main()
+
+
+def test_an_optimum_at_the_edge_warns(tmp_path, few, capsys):
+    rows = [row for i, row in enumerate(table(budgets=(1e12, 1e13, 1e14), sizes=7)) if i % 7 > 3]
+    fitted(write(tmp_path / "runs.csv", rows), "--json", tmp_path / "report.json")
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [row["edge"] for row in report["budgets"]] == ["low"] * 3
+    assert "at 1e+12 FLOPs the optimum lies at the smallest size" in capsys.readouterr().out
+
+
+def test_json_alone_on_the_screen_and_no_nan_in_it(tmp_path, few, capsys):
+    fitted(write(tmp_path / "runs.csv", table()), "--json")
+    report = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert {"E", "A", "B", "alpha", "beta", "interval", "N_exponent", "D_exponent", "heldout_error"} <= set(report)
+    assert {"C", "N", "D", "r", "kappa", "N_range", "D_range"} <= set(report["budgets"][0])
+    assert report["heldout_error"] is None                       # of two budgets none can be held out
+
+
+@pytest.mark.parametrize("pjsd", [False, True])
+def test_the_figure_is_drawn(tmp_path, few, pjsd):
+    pytest.importorskip("matplotlib")
+    rows = table("N D C loss", budgets=(1e12, 1e13, 1e14))
+    if pjsd:
+        values, floor = metrics(SMALLER, *(np.array([row[name] for row in rows]) for name in "ND"))
+        rows = [row | {"pjsd": v.tolist(), "pjsd_floor": f.tolist()} for row, v, f in zip(rows, values, floor)]
+    fitted(write(tmp_path / "runs.csv", rows), "--plot", tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_bytes()[:4] == b"\x89PNG"
+    with pytest.raises(UserError, match="can't write docx"):
+        fitted(tmp_path / "runs.csv", "--plot", tmp_path / "figure.docx")
+    assert not (tmp_path / "figure.docx").exists()
+
+
+def test_without_matplotlib_it_says_so(tmp_path, few, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UserError, match="pip install matplotlib"):
+        fitted(write(tmp_path / "runs.csv", table()), "--plot", tmp_path / "figure.png")
