@@ -191,7 +191,8 @@ def optimum(law, C, k=6.0, p=1.0):
     D = C / (k * N ** p)
     best, slope = law(N, D), law.alpha * law.A / N ** law.alpha   # of L over ln N: one term falls as the other rises
     u = np.linspace(-20, 20, 20_001)
-    flat = u[law(N * np.exp(u), D * np.exp(-p * u)) <= (1 + EPSILON) * best][[0, -1]]
+    with np.errstate(over="ignore"):
+        flat = u[law(N * np.exp(u), D * np.exp(-p * u)) <= (1 + EPSILON) * best][[0, -1]]
     return {"C": C, "N": N, "D": D, "r": D / N, "loss": best, "kappa": slope * (law.alpha + b) / best,
             "N_range": (N * np.exp(flat)).tolist(), "D_range": (D * np.exp(-p * flat[::-1])).tolist()}
 
@@ -283,14 +284,15 @@ def held_out(runs):
     """The largest budget predicted from the others: mean error of the loss, as a share of it, and of the metrics."""
     last = runs["group"] == runs["group"][-1]
     early, late = ({name: values[which] for name, values in runs.items()} for which in (~last, last))
+    report = {"heldout_error": math.nan, "heldout_error_fused": math.nan, "heldout_pjsd": [math.nan] * 5}
     if len(np.unique(early["N"])) < 2 or len(np.unique(early["group"])) < 2 or len(early["N"]) < 6:
-        return {"heldout_error": math.nan}
+        return report
     law = fit(early["N"], early["D"], early["loss"])
-    report = {"heldout_error": float(np.abs(law(late["N"], late["D"]) / late["loss"] - 1).mean())}
+    report["heldout_error"] = float(np.abs(law(late["N"], late["D"]) / late["loss"] - 1).mean())
     if "pjsd" in runs:
-        guess = fuse(law, early)[0](late["N"], late["D"])
-        report |= {"heldout_error_fused": float(np.abs(guess[0] / late["loss"] - 1).mean()),
-                   "heldout_pjsd": np.abs(guess[1] - late["pjsd"]).mean(0).tolist()}
+        loss, metric = fuse(law, early)[0](late["N"], late["D"])
+        report["heldout_error_fused"] = float(np.abs(loss / late["loss"] - 1).mean())
+        report["heldout_pjsd"] = np.abs(metric - late["pjsd"]).mean(0).tolist()
     return report
 
 
