@@ -39,15 +39,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_optimizer_state_dict,
-                                                     set_model_state_dict, set_optimizer_state_dict)
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from corpus import (DECODER_FFT, FRAME_RATE, HOP, MELS, UserError, griffin_lim, istft, keyed, keyed_noise, lock,
                     log_mel, open_corpus, pitch, printable, pulses, replacing, save_audio, stft, unmel)
-from devices import compiled, decide, from_rank_0, rank_0_first, ranks, shard, together
+from devices import compiled, decide, from_rank_0, rank_0_first, ranks, shard, state_dicts, together
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Config. One dial, the depth L: the width is 128 L [paper], heads are 64 wide, and `--size` names a depth with the
@@ -785,7 +783,7 @@ class Trainer:
                                                    find_unused_parameters=config.self_condition > 0)
         self.network = compiled(self.network, device) if config.compile else self.network
         self.diffusion, self.optimizers = Diffusion(config), make_optimizers(self.model, config)
-        get_optimizer_state_dict(self.model, self.optimizers)                 # makes their state by an empty step ...
+        state_dicts().get_optimizer_state_dict(self.model, self.optimizers)   # makes their state by an empty step ...
         for state in [state for optimizer in self.optimizers for state in optimizer.state.values() if "step" in state]:
             state["step"].zero_()                                             # ... which must not count
         self.done, self.skipped, self.failed = 0, 0, 0                        # steps: all, not finite, and in a row
@@ -886,9 +884,10 @@ class Trainer:
 
     def save(self, path):
         """Write a checkpoint: full state dicts, gathered in rank 0's memory, the same for any number of ranks."""
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        optimizer = get_optimizer_state_dict(self.model, self.optimizers, options=options)
-        model, ema = (get_model_state_dict(model, options=options) for model in (self.model, self.ema))
+        tools = state_dicts()
+        options = tools.StateDictOptions(full_state_dict=True, cpu_offload=True)
+        optimizer = tools.get_optimizer_state_dict(self.model, self.optimizers, options=options)
+        model, ema = (tools.get_model_state_dict(model, options=options) for model in (self.model, self.ema))
         if self.rank == 0:
             save(path, step=self.done, steps=self.config.steps, skipped=self.skipped, model=model, ema=ema,
                  optimizer=optimizer)
@@ -901,9 +900,10 @@ class Trainer:
         self.done, self.skipped = done.tolist()
         if self.done:
             found = found or {"model": {}, "ema": {}, "optimizer": {}}
-            set_model_state_dict(self.model, found["model"], options=from_rank_0())
-            set_model_state_dict(self.ema, found["ema"], options=from_rank_0())
-            set_optimizer_state_dict(self.model, self.optimizers, found["optimizer"], options=from_rank_0())
+            tools, options = state_dicts(), from_rank_0()
+            tools.set_model_state_dict(self.model, found["model"], options=options)
+            tools.set_model_state_dict(self.ema, found["ema"], options=options)
+            tools.set_optimizer_state_dict(self.model, self.optimizers, found["optimizer"], options=options)
 
 
 @contextlib.contextmanager

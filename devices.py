@@ -14,8 +14,6 @@ import warnings
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from corpus import UserError, reason
 
@@ -83,6 +81,7 @@ def rank_0_first():
 def shard(model, device, dtype):
     """A copy of a model, in shards over all ranks (FSDP2), with rank 0's weights. Blocks are gathered when they are
     needed, in `dtype`; gradients are averaged and weights updated in float32."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     warnings.filterwarnings("ignore", "FSDP2-wrapped module")                 # nothing writes into the model's output
     policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)      # noise levels stay precise
     with torch.device("meta"):
@@ -90,13 +89,19 @@ def shard(model, device, dtype):
     for part in [*sharded.blocks, sharded]:
         fully_shard(part, mp_policy=policy, reshard_after_forward=True)
     sharded.to_empty(device=device)
-    set_model_state_dict(sharded, {} if ranks()[0] else model.state_dict(), options=from_rank_0())
+    state_dicts().set_model_state_dict(sharded, {} if ranks()[0] else model.state_dict(), options=from_rank_0())
     return sharded
 
 
 def from_rank_0():
     """How full state dicts are loaded: rank 0 has them, and hands each rank what it needs."""
-    return StateDictOptions(full_state_dict=True, broadcast_from_rank0=dist.is_initialized())
+    return state_dicts().StateDictOptions(full_state_dict=True, broadcast_from_rank0=dist.is_initialized())
+
+
+def state_dicts():
+    """torch's tools for the state dicts of many devices; half a second to import, which --help need not wait for."""
+    from torch.distributed.checkpoint import state_dict
+    return state_dict
 
 
 def compiled(network, device):

@@ -69,7 +69,8 @@ def table(title, columns, rows):
 def our_blocks(config):
     """Module, and (ctx (B, Tc, d), gen (B, Tg, d), noise level (B, d)) -> gen."""
     model = MMDiT(config)
-    cos, sin = model.cos.bfloat16(), model.sin.bfloat16()
+    tokens = (config.ctx_frames + config.gen_frames) // config.patch_size
+    cos, sin = (x.bfloat16() for x in cdslm.turns(tokens, config.width // model.blocks[0].heads, "cpu"))
 
     def run(ctx, gen, c):
         for block in model.blocks:
@@ -316,11 +317,12 @@ def bench_startup(quick, run):
 
 def first_step(folder, config):
     """Seconds until a run of this configuration in this folder has done a step."""
-    settings = {f"--{name.replace('_', '-')}": value for name, value in vars(config).items()
-                if name != "out" and not isinstance(value, bool)}
-    words = [str(word) for pair in settings.items() for word in pair]
+    usual = vars(Config(config.size))
+    changed = {f"--{name.replace('_', '-')}": value for name, value in vars(config).items() if value != usual[name]}
+    words = [str(x) for flag, value in changed.items() for x in ([flag] if value is True else [flag, value])]
+    words += ["--size", config.size, "--out", folder]
     begun = time.perf_counter()
-    with subprocess.Popen([sys.executable, ROOT / "cdslm.py", *words, "--out", folder], stdout=subprocess.DEVNULL,
+    with subprocess.Popen([sys.executable, ROOT / "cdslm.py", *words], stdout=subprocess.DEVNULL,
                           stderr=subprocess.PIPE, text=True) as process:
         said = ""
         while process.poll() is None and not re.search(r"training:.*\b1/\d", said):

@@ -1,10 +1,12 @@
 """The measurements themselves: turns, FLOPs, and (slow) that every part of bench.py runs."""
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
 from bench import Step, block_flops, blocks_step, our_blocks, race
-from conftest import command
+from conftest import ROOT, command
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -28,6 +30,12 @@ def test_a_step_changes_the_model(small):
     step()
     assert any(not torch.equal(a, b) for a, b in zip(before, step.model.parameters()))
     assert all(parameter.grad is None for parameter in step.model.parameters())
+
+
+def test_help_waits_for_nothing_that_only_training_needs():
+    code = "import sys, cdslm; print(*sys.modules)"
+    loaded = set(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout.split())
+    assert "corpus" in loaded and not loaded & {"torch.distributed.checkpoint", "sympy", "scipy", "toyspeech", "plan"}
 
 
 @pytest.mark.slow
