@@ -39,8 +39,8 @@ from listener import batched, load_listener, speak
 from plan import forecast
 from toyspeech import ToySpeech
 
-STUDY = ("--size tiny --self-condition 0 --t-shift 0 --optimizer adamw --decoder griffinlim --toy-hours 20 "
-         "--warmup 50").split()
+STUDY = ("--size tiny --self-condition 0 --min-snr-gamma 5 --t-shift 0 --optimizer adamw --decoder griffinlim "
+         "--toy-hours 20 --warmup 50").split()
 BUDGETS = "1.2e12,4e12,1.2e13,4e13"
 SIZES = "2x24,2x32,2x48,2x64,4x64,2x128,2x192,2x256,2x320,2x384,2x512"  # depth x width
 VALIDATION, SAVE_EVERY = 256, 1000  # windows; steps

@@ -45,8 +45,8 @@ def done():
 def run(way, width, depth, lr, seed):
     """Train and validate one model; its line in the file."""
     config = cdslm.Config(size="tiny", width=width, depth=depth, lr=lr, seed=seed, optimizer="adamw", batch_size=16,
-                          steps=STEPS, warmup=20, self_condition=0.0, t_shift=0.0, ema=0.0, decoder="griffinlim",
-                          device="cpu")
+                          steps=STEPS, warmup=20, self_condition=0.0, min_snr_gamma=5.0, t_shift=0.0, ema=0.0,
+                          decoder="griffinlim", device="cpu")
     base = (4, 512) if way == "muP" else (depth, width)         # standard: every size is its own base
     cdslm.BASE_DEPTH, cdslm.BASE_WIDTH = base
     device, dtype = cdslm.decide(config)

@@ -21,7 +21,7 @@ def test_help_names_every_field_and_its_meaning(capsys):
 @pytest.mark.parametrize("size", SIZES)
 def test_a_size_names_depth_width_and_windows(size):
     config = Config(size=size)
-    assert config.width == 128 * config.depth
+    assert config.width == (192 if size == "tiny" else 128 * config.depth)
     assert config.ctx_frames % config.patch_size == config.gen_frames % config.patch_size == 0
     assert config.ctx_frames == round(80 * config.ctx_seconds) and config.gen_frames == round(80 * config.gen_seconds)
     assert config.out == f"out/{size}"
@@ -42,7 +42,7 @@ def test_flags_override_the_size():
 
 def test_defaults_of_the_paper():
     config = Config()
-    assert (config.min_snr_gamma, config.ctx_drop, config.latent_dim, config.seed) == (5.0, 0.0, 0, 0)
+    assert (config.ctx_drop, config.latent_dim, config.seed) == (0.0, 0, 0)
 
 
 @pytest.mark.parametrize("patch", [1, 2, 3, 5, 7, 8])

@@ -92,8 +92,8 @@ def test_equivalent_predictions_have_the_same_loss(diffusion, schedule, zero):
     x0, eps, guess = torch.randn(3, 16, 8, 4)
     angle = phi[:, None, None]
     as_v = (angle.cos() * (angle.cos() * x0 + angle.sin() * eps) - guess) / angle.sin()
-    loss = diffusion(schedule, zero, "v").loss(lambda *_: as_v, x0, None, phi, eps)
-    same = diffusion(schedule, zero, "x0").loss(lambda *_: guess, x0, None, phi, eps)
+    loss = diffusion(schedule, zero, "v", min_snr_gamma=5.0).loss(lambda *_: as_v, x0, None, phi, eps)
+    same = diffusion(schedule, zero, "x0", min_snr_gamma=5.0).loss(lambda *_: guess, x0, None, phi, eps)
     snr = angle.tan() ** -2
     assert loss.shape == (16,)
     assert torch.allclose(loss, same, rtol=1e-3)

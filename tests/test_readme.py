@@ -122,7 +122,7 @@ def paper():
 def velocity(small):
     """A network that says something, and something to say: (config, model, ctx, x0, eps)."""
     torch.manual_seed(0)
-    config = small(predict="v", self_condition=0.0, t_shift=0.0, patch_size=2)
+    config = small(predict="v", self_condition=0.0, t_shift=0.0, min_snr_gamma=5.0, patch_size=2)
     model = cdslm.MMDiT(config).eval().requires_grad_(False)
     for parameter in model.parameters():
         parameter += 0.02 * torch.randn_like(parameter)

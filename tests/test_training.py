@@ -197,7 +197,8 @@ def test_training_lowers_the_loss_on_a_fixed_batch(trainer):
 
 @pytest.mark.parametrize("predict, optimizer", [("v", "adamw"), ("x0", "adamw"), ("v", "muon")])
 def test_every_way_of_training_lowers_the_loss(trainer, predict, optimizer):
-    t = trainer(steps=30, warmup=2, predict=predict, optimizer=optimizer, patch_size=2, lr=3e-3, ema=0.5)
+    t = trainer(steps=30, warmup=2, predict=predict, optimizer=optimizer, patch_size=2, lr=3e-3, ema=0.5,
+                min_snr_gamma=5.0)
     before = t.validate(8)["mean"]
     for _ in range(30):
         t.step()
@@ -315,3 +316,10 @@ def test_real_speech_is_learned(mute, small):
     rows = [json.loads(line) for line in open(f"{config.out}/log.jsonl")]
     assert rows[-1]["valid"]["mean"] < 0.9 * rows[29]["valid"]["mean"]
     assert rows[-1]["loss"] < 0.5 * rows[0]["loss"]
+
+
+def test_validation_is_under_the_papers_weight_whatever_was_trained(trainer):
+    """A smaller gamma is another loss to train, and the same to be judged by."""
+    steps, losses = zip(*[(t.step()["loss"], t.validate(8)["mean"])
+                          for t in (trainer(min_snr_gamma=gamma, lr=1e-9, muon_lr=1e-9) for gamma in (0.2, 5.0))])
+    assert steps[0] < 0.5 * steps[1] and losses[0] == pytest.approx(losses[1], rel=1e-3)
