@@ -185,7 +185,10 @@ class Config:
 # decoder follows Vocos (Siuzdak, 2023): ConvNeXt blocks at the frame rate, magnitude and phase, one inverse STFT. But
 # frames hold no phase, and a minute is too short to learn one. So the network shapes a source, as a vocal tract does
 # (Dudley, 1939): a hum at the pitch heard in the frames, and a hiss. For each bin it says how loud, how harmonic, and
-# how much of it hums. Two Griffin-Lim steps then make neighbours agree.
+# how much of it hums. A few Griffin-Lim steps, most of them in the lowest bins, then make neighbours agree.
+
+LOW = 60        # bins below 1.2 kHz, where phase matters most, and a step costs a fifteenth
+
 
 class ConvNeXt(nn.Module):
     """(B, C, T) -> (B, C, T): depthwise convolution over time, then an MLP over channels (Liu et al., 2022)."""
@@ -210,7 +213,7 @@ def convnext(before, after, width=128, blocks=3):
 
 class AudioAutoencoder(nn.Module):
     """`encode(wave (B, N)) -> frames (B, T, C)`, `decode(frames) -> wave (B, 300 T)`; frames have mean 0, deviation 1:
-    one of each for all bands, since statistics per band explode where a band is dead (as in 8 kHz recordings)."""
+    each latent its own, but one of each for all bands of log-mel, since a band may be dead (in 8 kHz recordings)."""
 
     def __init__(self, latent_dim=0, decoder="neural"):
         super().__init__()
@@ -218,6 +221,7 @@ class AudioAutoencoder(nn.Module):
         self.register_buffer("mel_stats", torch.tensor([-6.0, 3.0]))        # mean, standard deviation
         self.register_buffer("latent_stats", torch.tensor([0.0, 1.0]))
         if latent_dim:
+            self.latent_stats = self.latent_stats[:, None].repeat(1, latent_dim)
             self.encoder, self.unlatent = convnext(MELS, 2 * latent_dim, blocks=2), convnext(latent_dim, MELS, blocks=2)
         if decoder == "neural":
             self.shape = convnext(MELS + 2, 3 * (DECODER_FFT // 2 + 1))
@@ -242,11 +246,11 @@ class AudioAutoencoder(nn.Module):
         return self.unlatent((frames * self.latent_stats[1] + self.latent_stats[0]).mT).mT
 
     def spectrum(self, mel, noise, start=0, turns=0, dtype=torch.float32):
-        """(B, T, 80) normalised log-mel, (1, 300 T) noise -> (B, 601, T) complex, and the hum's phase (B, 300 T),
-        which is `turns` at frame `start`."""
+        """(B, T, 80) normalised log-mel, (1, 300 T) noise -> magnitudes (B, 601, T), a source whose phases they are to
+        begin with (B, 601, T), and the hum's own phase (B, 300 T), which is `turns` at frame `start`."""
         mel, heard, hiss = mel * self.mel_stats[1] + self.mel_stats[0], mel, stft(noise, DECODER_FFT)
         if self.decoder == "griffinlim":
-            return griffin_lim(unmel(mel), 32, hiss.sgn()), noise
+            return unmel(mel), hiss, noise
         magnitude = unmel(mel, 1)                                           # the network sees to the rest
         hertz, voiced = pitch(magnitude)                                    # (B, T) each
         hum, phase = pulses(hertz, start, turns)
@@ -256,10 +260,16 @@ class AudioAutoencoder(nn.Module):
         with torch.autocast(mel.device.type, dtype, enabled=dtype != torch.float32):
             loud, comb, hums = self.shape(heard.mT).float().chunk(3, dim=1)  # (B, 601, T) each
         magnitude = magnitude * (loud + comb * ripple).clamp(-8, 3).exp()
-        source = hum * (hums + 8 * voiced[:, None] - 3).clamp(-8, 8).exp() + hiss
-        return griffin_lim(magnitude, 2, source.sgn()), phase
+        return magnitude, hum * (hums + 8 * voiced[:, None] - 3).clamp(-8, 8).exp() + hiss, phase
 
-    def decode(self, frames, piece=1600, margin=48):
+    def agree(self, magnitude, source):
+        """Magnitudes and a source (B, 601, T) -> (B, 601, T) complex, with phases that agree between frames."""
+        if self.decoder == "griffinlim":
+            return griffin_lim(magnitude, 32, source)
+        low = griffin_lim(magnitude[:, :LOW + 1], 8, source[:, :LOW + 1])[:, :LOW]
+        return griffin_lim(magnitude, 2, torch.cat([low, source[:, LOW:]], dim=1))
+
+    def decode(self, frames, piece=1600, margin=64):
         """(B, T, C) frames -> (B, 300 T) samples, in pieces that overlap by `margin` frames: memory stays bounded."""
         fits = frames.ndim == 3 and frames.shape[1] and frames.shape[2] == self.channels
         if not fits or not torch.isfinite(frames).all():
@@ -270,13 +280,16 @@ class AudioAutoencoder(nn.Module):
         for start in range(0, length, piece):
             stop, first, last = min(start + piece, length), max(0, start - margin), min(start + piece + margin, length)
             mel = self.to_mel(frames[:, first:last])
-            spectrum, phase = self.spectrum(mel, noise[:, first * HOP:last * HOP], start - first, turns)
+            magnitude, source, phase = self.spectrum(mel, noise[:, first * HOP:last * HOP], start - first, turns)
             turns = phase[:, (stop - first) * HOP - 1, None]                # the next piece hums on from here
-            waves.append(istft(spectrum)[:, (start - first) * HOP:(stop - first) * HOP])
+            wave = istft(self.agree(magnitude, source))
+            waves.append(wave[:, (start - first) * HOP:(stop - first) * HOP])
         return torch.cat(waves, dim=1)
 
     def bottleneck_loss(self, wave, dtype=torch.float32, kl_weight=1e-3):
-        """Of (B, N) samples: log-mel through the latents, and the latents' divergence from a standard normal."""
+        """Of (B, N) samples: log-mel through the latents, and the latents' divergence from a standard normal. One of
+        the windows is digital silence, which must come back as silence."""
+        wave = torch.cat([wave[1:], torch.zeros_like(wave[:1])])
         mel = (log_mel(wave) - self.mel_stats[0]) / self.mel_stats[1]
         with torch.autocast(wave.device.type, dtype, enabled=dtype != torch.float32):
             mean, logvar = self.encoder(mel.mT).float().chunk(2, dim=1)     # (B, latent_dim, T) each
@@ -289,7 +302,8 @@ class AudioAutoencoder(nn.Module):
         with torch.no_grad():
             mel = self.to_mel(self.from_mel(target))
         mel = mel + blur * torch.rand_like(mel[:, :1, :1]) * torch.randn_like(mel)      # generated frames aren't clean
-        guess = istft(self.spectrum(mel, torch.randn_like(wave[:1]), dtype=dtype)[0])
+        magnitude, source, _ = self.spectrum(mel, torch.randn_like(wave[:1]), dtype=dtype)
+        guess = istft(griffin_lim(magnitude, 2, source))
         total = 5 * F.l1_loss(log_mel(guess), target)
         for fft in (512, 1024, 2048):
             a, b = (stft(x, fft, fft // 4, fft).abs() for x in (guess, wave))
@@ -309,7 +323,7 @@ def fit_autoencoder(config, corpus, device):
         with torch.no_grad():                                               # diffusion expects deviation 1
             keys = [keyed(config.seed, "latents", i) for i in range(256)]
             latents = model.from_mel(torch.from_numpy(corpus.windows("mel", "train", keys, 48)).to(device))
-        model.latent_stats.copy_(torch.stack([latents.mean(), latents.std()]))
+        model.latent_stats.copy_(torch.stack([latents.mean((0, 1)), latents.std((0, 1))]))
     if config.decoder == "neural":
         train_part(model, model.decoder_loss, "decoder", config.decoder_steps, config, corpus, dtype)
     return model.eval().requires_grad_(False)
@@ -340,7 +354,10 @@ def open_autoencoder(config, corpus, device):
         examples = corpus.windows("audio", "valid", keys, config.ctx_frames + config.gen_frames)
         save(path, autoencoder=model.state_dict(), examples=torch.from_numpy(examples * 32767).short())
     model = AudioAutoencoder(config.latent_dim, config.decoder)
-    model.load_state_dict(load(path)["autoencoder"])
+    try:
+        model.load_state_dict(load(path)["autoencoder"])
+    except RuntimeError:
+        raise UserError(f"{path}: not this run's: of another --latent-dim or --decoder") from None
     return model.to(device).eval().requires_grad_(False)
 
 

@@ -108,7 +108,9 @@ def stft(wave, fft=FFT, hop=HOP, window=WINDOW):
 
 def log_mel(wave):
     """(B, N) samples at 24 kHz -> (B, T, 80) log-mel frames, T = ceil(N/300). Digital silence is log(1e-5)."""
-    return (stft(wave).abs().mT @ mel_bank().to(wave.device).T).clamp(min=FLOOR).log()
+    bank = mel_bank().to(wave.device).T
+    pieces = [piece.abs().mT @ bank for piece in stft(wave).split(128, dim=-1)]     # small ones stay in the cache
+    return torch.cat(pieces, dim=1).clamp(min=FLOOR).log()
 
 
 def resample(wave, rate, new_rate=RATE):
@@ -180,36 +182,39 @@ def unmel(mel, iterations=3):
 
 @torch.no_grad()
 def pitch(magnitude, low=60, high=420):
-    """(B, 601, T) magnitudes -> (B, T) pitch in Hz and (B, T) how periodic, at most 1: the peak of the autocorrelation,
-    the Fourier transform of the spectrum; here below 5 kHz, and compressed, so that no formant drowns the others."""
-    band = F.pad(magnitude[:, 2:5000 * DECODER_FFT // RATE] ** 0.7, (0, 0, 2, 0))
-    echo = torch.fft.irfft(band, 2 * DECODER_FFT, dim=1)                    # (B, lag in half samples, T)
-    voiced, lag = (echo[:, 2 * RATE // high:2 * RATE // low] / echo[:, :1].clamp(min=1e-9)).max(1)
-    hertz = 2 * RATE / (lag + 2 * RATE // high)
-    return F.pad(hertz, (2, 2), mode="replicate").unfold(1, 5, 1).median(-1).values, voiced  # no octave jumps
+    """(B, 601, T) magnitudes -> (B, T) pitch in Hz and (B, T) how periodic, at most 1: the comb that fits best, below
+    5 kHz, and to magnitudes so compressed that no formant drowns the others. A comb every 0.8 %."""
+    bins = torch.arange(2, 5000 * DECODER_FFT // RATE, device=magnitude.device)
+    hertz = low * (high / low) ** torch.linspace(0, 1, 256, device=magnitude.device)
+    combs = torch.cos(2 * math.pi * bins * RATE / DECODER_FFT / hertz[:, None])             # (256, bins)
+    heard = magnitude[:, 2:2 + len(bins)] ** 0.7
+    voiced, best = (combs @ heard / heard.sum(1, keepdim=True)).max(1)
+    return F.pad(hertz[best], (2, 2), mode="replicate").unfold(1, 5, 1).median(-1).values, voiced  # no octave jumps
 
 
 def pulses(hertz, start, turns):
     """(B, T) pitch -> (B, 300 T) pulses, with harmonics up to 12 kHz, and their phase: `turns` at frame `start`."""
-    hertz = F.interpolate(hertz[:, None].cpu(), scale_factor=HOP, mode="linear")[:, 0]
-    phase = F.pad((hertz.double() / RATE).cumsum(1), (1, 0))               # on the CPU: not every device has doubles
+    hertz = F.interpolate(hertz[:, None].cpu().double(), scale_factor=HOP, mode="linear")[:, 0]
+    phase = F.pad((hertz / RATE).cumsum(1), (1, 0))                        # on the CPU: not every device has doubles
     phase = phase[:, 1:] - phase[:, start * HOP, None] + turns
     phase = phase - phase.round()
-    count, swing = RATE / 2 / hertz, torch.sin(math.pi * phase.float())     # how many harmonics there are
+    count, swing = RATE / 2 / hertz.float(), torch.sin(math.pi * phase.float())     # how many harmonics there are
     return count.sqrt() * torch.exp(-0.5 * (count * swing) ** 2), phase
 
 
 def istft(spectrum):
-    """(B, 601, T) complex -> (B, 300 T) samples; inverse of `stft(wave, DECODER_FFT)`."""
-    window = torch.hann_window(WINDOW, device=spectrum.device)
-    return torch.istft(spectrum, DECODER_FFT, HOP, WINDOW, window, center=True, length=HOP * spectrum.shape[-1])
+    """(B, n + 1, T) complex -> (B, n/2 T) samples; inverse of `stft(wave, 2n, n/2, 2n)`. At 24 kHz n is 600."""
+    fft = 2 * spectrum.shape[1] - 2
+    window = torch.hann_window(fft, device=spectrum.device)
+    return torch.istft(spectrum, fft, fft // 4, fft, window, center=True, length=fft // 4 * spectrum.shape[-1])
 
 
-def griffin_lim(magnitude, iterations, phase, momentum=0.99):
-    """(B, 601, T) magnitudes, phases (complex, length 1) -> spectrum with consistent ones (Perraudin et al., 2013)."""
-    before = None
+def griffin_lim(magnitude, iterations, source, momentum=0.99):
+    """(B, n + 1, T) magnitudes, and a spectrum whose phases are to begin with -> spectrum with phases that agree better
+    between frames (Perraudin et al., 2013). Of the lowest n + 1 bins alone, too: they are speech at a lower rate."""
+    fft, phase, before = 2 * magnitude.shape[1] - 2, source.sgn(), None
     for _ in range(iterations):
-        after = stft(istft(magnitude * phase), DECODER_FFT)
+        after = stft(istft(magnitude * phase), fft, fft // 4, fft)
         phase, before = (after if before is None else after - before * (momentum / (1 + momentum))).sgn(), after
     return magnitude * phase
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from cdslm import AudioAutoencoder, Config, fit_autoencoder
+from cdslm import AudioAutoencoder, Config, fit_autoencoder, open_autoencoder
 from corpus import DECODER_FFT, HOP, MELS, RATE, UserError, griffin_lim, istft, keyed, log_mel, open_corpus, stft, unmel
 
 REAL = Path(__file__).parents[2] / "shared/data/fsdd"
@@ -60,10 +60,19 @@ def test_pieces_equal_the_whole():
     assert (whole - model.decode(frames, piece=100)).abs().max() < 1e-4
 
 
+def test_a_long_sequence_is_never_decoded_at_once(monkeypatch):
+    """Whatever its length, no more than a piece and its margins are turned into a spectrum at a time."""
+    sizes, spectrum = [], AudioAutoencoder.spectrum
+    monkeypatch.setattr(AudioAutoencoder, "spectrum", lambda self, mel, *rest: (
+        sizes.append(mel.shape[1]), spectrum(self, mel, *rest))[1])
+    assert shaped().decode(torch.randn(1, 700, MELS), piece=100, margin=20).shape == (1, 700 * HOP)
+    assert sizes == [120] + 5 * [140] + [120]
+
+
 def test_batch_does_not_matter():
     model = shaped()
     frames = model.encode(babble())
-    assert torch.allclose(model.decode(frames)[1:], model.decode(frames[1:]), atol=1e-5)
+    assert (model.decode(frames)[1:] - model.decode(frames[1:])).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("frames", [torch.zeros(1, 0, MELS), torch.zeros(1, 9, 16), torch.zeros(1, 9, MELS) / 0])
@@ -98,6 +107,25 @@ def test_training_lowers_its_loss(small, latent_dim):
         torch.manual_seed(0)
         losses.append(float(model.decoder_loss(wave)))
     assert losses[1] < 0.8 * losses[0]
+
+
+def test_latents_are_alive_and_silence_stays_silent(small):
+    """Each latent has deviation 1 on speech, mel comes back, and digital silence decodes below -60 dBFS."""
+    config = small(latent_dim=16, decoder_steps=30)                         # 120 for the bottleneck
+    model = fit_autoencoder(config, corpus := open_corpus(config), CPU)
+    mel = torch.from_numpy(corpus.windows("mel", "valid", range(0, 8000, 250), 48))
+    frames = model.from_mel(mel)
+    assert 0.5 < frames.std((0, 1)).min() and frames.std((0, 1)).max() < 2
+    assert (model.to_mel(frames) * model.mel_stats[1] + model.mel_stats[0] - mel).abs().mean() < 1
+    assert model.decode(model.encode(torch.zeros(1, RATE))).abs().max() < 1e-3
+
+
+def test_an_autoencoder_of_another_shape_is_one_clear_line(small):
+    config = small()
+    Path(config.out).mkdir()
+    open_autoencoder(config, corpus := open_corpus(config), CPU)
+    with pytest.raises(UserError, match="autoencoder.pt: not this run's"):
+        open_autoencoder(small(latent_dim=16), corpus, CPU)
 
 
 # --- quality, on held-out speech, by judges that were not trained on --------------------------------------------------
@@ -167,10 +195,12 @@ def test_decoder_beats_griffin_lim(data):
     assert ours["pesq"] >= theirs["pesq"]
     assert ours["mrstft"] <= 0.9 * theirs["mrstft"] and ours["mel"] <= 0.9 * theirs["mel"]
     assert ours["real time"] >= 4 * theirs["real time"]
+    frames = model.encode(waves)
+    assert (model.decode(frames) - model.decode(frames, piece=100)).abs().max() < 1e-4
     noise = torch.randn(log_mel(waves).shape, generator=torch.Generator().manual_seed(3))
     for level in (0.1, 0.2):                            # generated frames are not clean
         worse = log_mel(waves) + level * noise * model.mel_stats[1]
-        a, b = (float(perceived(waves, decode)[0]) for decode in
-                (model.decode(model.from_mel(worse)), by_griffin_lim(32)(worse)))
+        sounds = model.decode(model.from_mel(worse)), by_griffin_lim(32)(worse)
+        a, b = (float(perceived(waves, sound)[0]) for sound in sounds)
         print(f"noise of {level} on the frames: PESQ {a:.2f}, Griffin-Lim 32 {b:.2f}")
         assert a > b
