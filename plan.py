@@ -37,6 +37,7 @@ def memory(config, devices, device, dtype):
     tokens, heads = frames // config.patch_size, model.blocks[0].heads
     block = windows * tokens * (KEPT[dtype] * config.width + (item * heads * tokens if device.type == "cpu" else 0))
     ends = windows * frames * config.channels * 4 * 8                         # speech, noise, prediction and the like
+    ends += block // 2                                                        # gradients on their way through a block
     again = windows * tokens * config.width * item * config.depth + block + ends
     need = {"weights": 8 * whole / share + cast, "gradients": 4 * whole / share + accumulated,
             "optimiser": (8 * whole - 4 * matrices) / share, "activations": config.depth * block + ends}
