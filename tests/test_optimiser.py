@@ -4,7 +4,8 @@ import math
 import pytest
 import torch
 
-from cdslm import ROLES, Config, MMDiT, decay_start, lr_factor, make_optimizers, role
+import cdslm
+from cdslm import ROLES, Config, Diffusion, MMDiT, decay_start, lr_factor, make_optimizers, role
 
 
 def groups(config):
@@ -120,3 +121,48 @@ def test_the_shortest_runs_have_a_rate_too(steps, schedule):
         config = Config(steps=steps, warmup=warmup, lr_schedule=schedule)
         assert all(0 < lr_factor(config, step) <= 1 for step in range(steps))
         assert all(math.isfinite(lr_factor(config, step)) for step in range(steps))
+
+
+def coordinates(config, steps=10):
+    """{name: root mean square} of what goes through a network after a few steps on one batch: the residual stream that
+    enters and leaves the blocks, what they have added to it, and the prediction."""
+    torch.manual_seed(0)
+    model, diffusion = MMDiT(config), Diffusion(config)
+    optimizers = make_optimizers(model, config)
+    x0, ctx, eps = (torch.randn(4, frames, 80) for frames in (config.gen_frames, config.ctx_frames, config.gen_frames))
+    phi, sizes = torch.linspace(0.2, 1.4, 4), {}
+    for _ in range(steps):
+        diffusion.loss(model, x0, ctx, phi, eps).mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    model.blocks[0].register_forward_hook(lambda block, given, made: sizes.update(entering=given[1]))
+    model.blocks[-1].register_forward_hook(lambda block, given, made: sizes.update(leaving=made[1]))
+    with torch.no_grad():
+        sizes["prediction"] = model(x0, phi, ctx)
+    sizes["added"] = sizes["leaving"] - sizes["entering"]
+    return {name: tensor.square().mean().sqrt().item() for name, tensor in sizes.items()}
+
+
+OVER = {"width": [(width, 2) for width in (64, 128, 256, 512)], "depth": [(128, depth) for depth in (1, 2, 4, 8)]}
+
+
+def spread(small, over, optimizer):
+    """The largest of how many times larger an activation is at one size than at another."""
+    found = [coordinates(small(width=width, depth=depth, optimizer=optimizer, patch_size=8, lr=2e-3))
+             for width, depth in OVER[over]]
+    return max(max(sizes) / min(sizes) for sizes in zip(*(each.values() for each in found)))
+
+
+@pytest.mark.parametrize("over", OVER)
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
+def test_activations_are_as_large_at_every_size(small, over, optimizer):
+    """The coordinate check: within a factor of two after ten steps."""
+    assert spread(small, over, optimizer) < 2
+
+
+@pytest.mark.slow
+def test_with_one_learning_rate_for_every_width_they_are_not(small, monkeypatch):
+    """The check can fail."""
+    monkeypatch.setattr(cdslm, "ROLES", {name: (lambda m: 1, decay) for name, (_, decay) in ROLES.items()})
+    assert spread(small, "width", "adamw") > 2
