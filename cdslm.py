@@ -80,7 +80,7 @@ class Config:
     """Every setting of a run. A field left at None takes its value from `SIZES[size]`."""
     size: str = opt("tiny", "the one dial: how deep, and with it how wide, how long a window, how many steps", *SIZES)
 
-    data: str = opt("toy", "a folder of recordings, searched to any depth; toy: the built-in corpus", section="data")
+    data: str = opt("toy", "folders of recordings, searched to any depth; toy: the built-in corpus", section="data")
     toy_words: int = opt(16, "toy speech: words in each invented language", least=2, most=1000)
     toy_languages: int = opt(2, "toy speech: how many languages", above=0, most=100)
     toy_hours: float = opt(3.0, "toy speech: hours to synthesise, 300 times faster than real time", above=0, most=9999)
@@ -141,6 +141,8 @@ class Config:
                 setattr(self, name, value)
         self.width = 128 * self.depth if self.width is None else self.width
         self.out = self.out or f"out/{self.size}"
+        if isinstance(self.data, list) and len(self.data) == 1:
+            self.data = self.data[0]
         for f in dataclasses.fields(self):
             self._check("--" + f.name.replace("_", "-"), getattr(self, f.name), **f.metadata)
         if self.ctx_drop > 1 or self.self_condition > 1 or self.ema >= 1:
@@ -160,7 +162,7 @@ class Config:
             raise UserError(f"{flag} must be a finite number")
         if above is not None and value <= above or least is not None and value < least:
             raise UserError(f"{flag} must be " + (f"at least {least}" if above is None else f"more than {above}"))
-        if not isinstance(value, str) and value > most:
+        if isinstance(value, int | float) and value > most:
             raise UserError(f"{flag} must be at most {most:g}")
 
     @property
@@ -1050,7 +1052,8 @@ def parse(argv=None):
             group.add_argument(flag, action="store_true", help=text)
         else:
             metavar = "|".join(meta["choices"]) if meta["choices"] else f.type.__name__.upper()
-            group.add_argument(flag, type=f.type, default=f.default, metavar=metavar, help=text)
+            group.add_argument(flag, type=f.type, default=f.default, metavar=metavar, help=text,
+                               nargs="+" if f.name == "data" else None)
     return Config(**vars(parser.parse_args(argv)))
 
 

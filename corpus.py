@@ -278,11 +278,11 @@ def toy_source(config):
                   lambda stretch: pcm(torch.from_numpy(toy.utterance(stretch.parts[0], stretch.seconds).wave)), {})
 
 
-def folder_source(config):
+def folder_source(folder):
     """A folder of recordings: long ones in half hours, short neighbours joined. Unreadable ones are `skipped`."""
-    root, stretches, skipped, prints = Path(config.data), [], {}, [str(CACHE_VERSION)]
+    root, stretches, skipped, prints = Path(folder), [], {}, [str(CACHE_VERSION)]
     if not root.is_dir():
-        raise UserError(f"--data {config.data}: no such folder")
+        raise UserError(f"--data {folder}: no such folder")
     def closed(error):  # a folder that may not be read
         skipped[printable(os.path.relpath(error.filename, root))] = error.strerror
 
@@ -311,7 +311,7 @@ def folder_source(config):
             stretches.append(Stretch(name, stop - start, [(path, start, stop)], start // 60))
     if not stretches:
         why = f"none of its {len(files)} audio files can be read" if files else "no wav, flac, ogg or mp3 in it"
-        raise UserError(f"--data {config.data}: {why}")
+        raise UserError(f"--data {folder}: {why}")
 
     def read(stretch):
         waves = [torch.zeros(0, dtype=torch.int16)]
@@ -490,10 +490,13 @@ class Corpus:
 
 
 def open_corpus(config):
-    """Build or find the cache of `config.data` and return its Corpus."""
-    source = toy_source(config) if config.data == "toy" else folder_source(config)
-    corpus = Corpus(build_cache(source), config.ctx_frames + config.gen_frames)
-    corpus.skipped |= source.skipped
+    """Build or find the cache of each of `config.data` and return the Corpus of all."""
+    names = [config.data] if isinstance(config.data, str) else config.data
+    sources = [toy_source(config) if name == "toy" else folder_source(name) for name in names]
+    shards = [shard for source in sources for shard in build_cache(source)]
+    corpus = Corpus(shards, config.ctx_frames + config.gen_frames)
+    for source in sources:
+        corpus.skipped |= source.skipped
     if corpus.skipped:
         named = "; ".join(f"{name} ({why})" for name, why in list(corpus.skipped.items())[:5])
         print(f"left out {len(corpus.skipped)} files that can't be used: {named}{'; ...' * (len(corpus.skipped) > 5)}")

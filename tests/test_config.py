@@ -40,6 +40,11 @@ def test_flags_override_the_size():
     assert config == Config(size="small", steps=7, predict="v", zero_terminal_snr=True, ctx_drop=0.1)
 
 
+def test_data_may_be_several_folders():
+    assert parse(["--data", "a", "b c", "--steps", "7"]) == Config(data=["a", "b c"], steps=7)
+    assert parse(["--data", "toy"]) == Config()
+
+
 def test_defaults_of_the_paper():
     config = Config()
     assert (config.ctx_drop, config.latent_dim, config.seed) == (0.0, 0, 0)

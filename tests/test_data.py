@@ -210,6 +210,20 @@ def test_a_folder_without_sound_is_a_users_error(corpus, folder):
         corpus()
 
 
+def test_several_folders_are_one_corpus_and_keep_their_caches(corpus, small, folder, tmp_path, cache):
+    other = tmp_path / "more"
+    record(folder, "a.wav", 30)
+    record(other, "a.wav", 50)
+    (other / "b.wav").write_text("not sound")
+    alone = corpus()
+    made = {path: path.stat().st_mtime_ns for path in cache.glob(f"{cache_of(folder)}*/*.npy")}
+    both = open_corpus(small(data=[str(folder), str(other)]))
+    assert seconds_cached(both) == seconds_cached(alone) + 50 and both.skipped.keys() == {"b.wav"}
+    assert made and all(path.stat().st_mtime_ns == time for path, time in made.items())
+    with_toys = open_corpus(small(data=[str(folder), "toy"]))
+    assert seconds_cached(with_toys) == seconds_cached(alone) + seconds_cached(open_corpus(small()))
+
+
 def test_statistics_are_one_mean_and_one_deviation_over_all_bands(corpus, folder):
     record(folder, "a.wav", 60)
     opened = corpus()

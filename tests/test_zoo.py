@@ -132,7 +132,7 @@ def test_a_folder_of_odd_recordings(zoo, small, capsys):
     assert f"left out {len(opened.skipped)} files" in said
     assert all(line.isprintable() for line in said.splitlines())
     used = {printable(part[0].relative_to(folder).as_posix())
-            for stretch in folder_source(config).stretches for part in stretch.parts}
+            for stretch in folder_source(config.data).stretches for part in stretch.parts}
     assert used | opened.skipped.keys() == names.keys(), "neither used nor counted"
     assert not [name for name in opened.skipped if FINE in name]
     kept = names.keys() - opened.skipped.keys()
