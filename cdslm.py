@@ -951,7 +951,7 @@ def train(config):
     device, dtype = decide(config)
     plan.afford(config, device, dtype)
     with together(config) as rank, contextlib.nullcontext() if rank else claim(config):
-        plan.announce(config, device, dtype)
+        usual = plan.announce(config, device, dtype)                          # seconds a step
         with rank_0_first():                                                  # it makes what the others then find
             corpus = open_corpus(config)
             if rank == 0:
@@ -960,7 +960,7 @@ def train(config):
             autoencoder = open_autoencoder(config, corpus, device)
         trainer = Trainer(config, corpus, autoencoder, device, dtype)
         with interruptible() as trainer.signals:
-            learn(trainer, Path(config.out))
+            learn(trainer, Path(config.out), usual)
         if trainer.stopped:
             print(f"stopped after step {trainer.done}; the same command goes on from there")
             raise SystemExit(128 + (trainer.signals or [signal.SIGTERM])[0])
@@ -968,15 +968,16 @@ def train(config):
             listen(config.out, device)
 
 
-def learn(trainer, folder):
-    """The loop: steps, a line of log.jsonl for each, and now and then a validation and a checkpoint."""
+def learn(trainer, folder, usual=None):
+    """The loop: steps, a line of log.jsonl for each, and now and then a validation and a checkpoint. Steps that take
+    far longer than the `usual` seconds are worth a hint."""
     config, rate = trainer.config, trainer.config.batch_size * (trainer.config.ctx_frames + trainer.config.gen_frames)
     trainer.restore(None if trainer.rank else newest(folder, config))
     if trainer.done:
         print(f"going on from step {trainer.done}")
     if trainer.rank == 0:
         trim_log(folder / "log.jsonl", trainer.done)
-    first, shown = trainer.done, {}
+    first, shown, slow = trainer.done, {}, 0
 
     def keep(name):                                                           # what is saved is in the log already
         if trainer.rank == 0:
@@ -990,7 +991,13 @@ def learn(trainer, folder):
         while trainer.done < config.steps and not trainer.stopped:
             if config.lr_schedule == "wsd" and trainer.done == decay_start(config.steps):
                 keep("trunk.pt")                                              # a longer run will go on from here
+            started = time.perf_counter()
             row = trainer.step()
+            slow = slow + 1 if usual and time.perf_counter() - started > 4 * usual else 0
+            if slow == 20:
+                tqdm.write("steps take over 4 times as long as they could: something else keeps the processors busy, "
+                           "and threads wait for one another.\nUnless it ends soon, stop (Ctrl-C) and go on with "
+                           "fewer: put OMP_NUM_THREADS=1 before the same command", file=sys.stderr)
             row["frames/s"] = (trainer.done - first) * rate / (time.perf_counter() - begun)
             due = trainer.done == config.steps or trainer.done % config.eval_every == 0
             if due:

@@ -119,7 +119,7 @@ def forecast(config, device, dtype):
 
 
 def announce(config, device, dtype):
-    """Say what will be done, and how long it takes."""
+    """Say what will be done, and how long it takes; returns the seconds of a step, unless there are many ranks."""
     size = count(config)
     print(f"{config.size}: {size['parameters'] / 1e6:.2f} M parameters on {device} in {str(dtype)[6:]}; "
           f"{config.steps} steps of {config.batch_size} windows of {size['tokens']} tokens, "
@@ -131,3 +131,4 @@ def announce(config, device, dtype):
     print(f"about {decoder_step * config.decoder_steps / 60:.1f} min for the decoder and "
           f"{step * config.steps / 60:.1f} min of training ({step:.3f} s a step), less what is done already; in a "
           f"hurry: --steps {max(1, config.steps // 10)} --decoder griffinlim --out out/quick")
+    return step

@@ -158,8 +158,8 @@ def bench_step(quick, _):
         makers |= {"mmdit 0.3.0": mmdit_blocks, f"diffusers {diffusers.__version__}": diffusers_blocks}
     except ImportError:
         print("(pip install mmdit==0.3.0 diffusers to see them beside ours)")
-    for size, batch in (("tiny", 32), ("base", 1)):
-        config = Config(size, batch_size=2 if quick else batch)
+    for size, shape in (("tiny", dict(depth=2, width=256, batch_size=32)), ("base", dict(batch_size=1))):
+        config = Config(size, **shape | ({"batch_size": 2} if quick else {}))
         work = {name: blocks_step(config, make) for name, make in makers.items()}
         seconds = race(2 if quick else 9, product=product_work, **work)
         peak = product_flops / seconds.pop("product")
@@ -363,9 +363,10 @@ def bench_busy(quick, _):
 
 def bench_growth(quick, _):
     """Time, memory and FLOPs of a step, as depth, window and batch grow."""
-    base = dict(depth=2, ctx_seconds=1.0, gen_seconds=3.0, batch_size=2 if quick else 8, optimizer="adamw",
+    base = dict(depth=2, width=256, ctx_seconds=1.0, gen_seconds=3.0, batch_size=2 if quick else 8, optimizer="adamw",
                 self_condition=0.0)
-    changes = {"depth 2, window 4 s, batch 8": {}} | {f"depth {n}": dict(depth=n) for n in (4, 6)}
+    changes = {"depth 2, window 4 s, batch 8": {}}
+    changes |= {f"depth {n}, width {128 * n}": dict(depth=n, width=128 * n) for n in (4, 6)}
     changes |= {f"window {4 * n} s": dict(ctx_seconds=1.0 * n, gen_seconds=3.0 * n) for n in (2, 4, 8)}
     changes |= {f"batch {8 * n}": dict(batch_size=8 * n) for n in (2, 4, 8)}
     rows = []

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 import torch
-from bench import Step, block_flops, blocks_step, our_blocks, race
-from conftest import ROOT, command
+from tests.bench import Step, block_flops, blocks_step, our_blocks, race
+from tests.conftest import ROOT, command
 from torch.utils.flop_counter import FlopCounterMode
 
 

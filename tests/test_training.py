@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+import plan
 from cdslm import Trainer, load, open_autoencoder, train
 from corpus import UserError, load_audio, open_corpus
 from tests.conftest import ROOT, SMALL, command, flags, speech_like
@@ -285,6 +286,13 @@ def test_bf16_trains_too(trainer):
     t.dtype = torch.bfloat16
     assert all(math.isfinite(t.step()["loss"]) for _ in range(2))
     assert weights(t).dtype == torch.float32
+
+
+@pytest.mark.parametrize("usual, hints", [(1e-9, 1), (1e9, 0), (None, 0)])
+def test_steps_far_slower_than_they_could_be_are_worth_one_hint(mute, small, monkeypatch, capsys, usual, hints):
+    monkeypatch.setattr(plan, "announce", lambda *_: usual)
+    train(small(steps=22))
+    assert capsys.readouterr().err.count("OMP_NUM_THREADS") == hints
 
 
 def test_mistyped_data_does_not_spoil_the_folder(mute, small, tmp_path):
