@@ -23,6 +23,7 @@ def decide(config):
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()                                  # "meta" has no numbers
@@ -31,7 +32,7 @@ def decide(config):
     hardware = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8 or device.type == "cpu" and (
         torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     if device.type == "cuda":
-        torch.cuda.set_device(device := torch.device("cuda", device.index or int(os.environ.get("LOCAL_RANK", 0))))
+        torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")                            # TF32
     return device, torch.bfloat16 if config.dtype == "bf16" or config.dtype == "auto" and hardware else torch.float32
 
@@ -55,7 +56,7 @@ def together(config):
     if not launched:
         yield rank
         return
-    dist.init_process_group(timeout=datetime.timedelta(minutes=10))
+    dist.init_process_group(timeout=datetime.timedelta(minutes=30))           # rank 0 may be writing a checkpoint
     sys.stdout = open(os.devnull, "w") if rank else sys.stdout
     try:
         yield rank

@@ -12,7 +12,7 @@ import cdslm
 import devices
 from cdslm import load, load_run, train
 from corpus import UserError
-from tests.conftest import SMALL, flags
+from tests.conftest import SMALL, command, flags
 from tests.test_training import log
 
 RUN = SMALL | dict(depth=2, steps=4, eval_every=2, optimizer="adamw", self_condition=0.5, ctx_drop=0.3)
@@ -137,3 +137,10 @@ def test_without_a_compiler_it_says_so_and_goes_on(monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", broken)
     assert devices.compiled(len, "cpu") is len
     assert capsys.readouterr().out == "--compile does not work here (no compiler); going on without\n"
+
+
+@pytest.mark.slow
+def test_with_a_compiler_that_is_not_there_it_goes_on_too(tmp_path):
+    words = flags(**RUN | dict(out=tmp_path / "run", steps=1)) + ["--compile"]
+    done = command("cdslm.py", *words, env=os.environ | dict(CXX="/no/such", TORCHINDUCTOR_CACHE_DIR=str(tmp_path)))
+    assert done.returncode == 0 and done.stdout.count("--compile does not work here") == 1, done.stderr

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import plan
-from cdslm import Trainer, load, open_autoencoder, train
+from cdslm import Trainer, count, load, open_autoencoder, read_config, train
 from corpus import UserError, load_audio, open_corpus
 from tests.conftest import ROOT, SMALL, command, flags, speech_like
 
@@ -279,6 +279,8 @@ def test_the_log_has_a_row_a_step(trained):
     assert {"loss", "lr", "hours", "epochs", "frames/s"} <= set(rows[0])
     assert [row["step"] for row in rows if "valid" in row] == [5, 10]
     assert rows[-1]["hours"] == pytest.approx(10 * 4 * 1.2 / 3600)
+    size = count(read_config(trained[0]))
+    assert rows[-1]["tokens"] == 40 * size["tokens"] and rows[-1]["flops"] == 40 * size["flops"]
 
 
 def test_bf16_trains_too(trainer):
