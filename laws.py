@@ -238,18 +238,19 @@ def fuse(law, runs):
     own, unknown size, so what is least is the sum of the logs of their mean Huber losses: the likelihood of Laplace
     noise, its size profiled out. Returns predict(N, D) -> loss (n,), metrics (n, K), by the mean floor; a, b (K,)."""
     (x, y, centre), z = middle(runs["N"], runs["D"]), torch.tensor(np.log(runs["loss"]))
-    metric, floor = torch.tensor(runs["pjsd"]), torch.tensor(runs["pjsd_floor"])
+    metric, floor = torch.tensor(runs["pjsd"]), torch.tensor(runs["pjsd_floor"]).nan_to_num(0)
+    known = metric.isfinite()                                     # what said too little was not judged
 
     def objective(theta):
         loss, guess = metric_terms(theta, x, y, floor)
-        left = torch.cat([huber(loss - z)[:, None], huber((guess / metric).log())], 1).mean(0)
-        return (left + 1e-4).log().mean()                         # what fits to a ten-thousandth is good enough
+        left = torch.where(known, huber((guess / metric.nan_to_num(1)).log()), 0).sum(0) / known.sum(0).clamp(min=1)
+        return (torch.cat([huber(loss - z).mean()[None], left]) + 1e-4).log().mean()  # a ten-thousandth is good enough
 
     excess = np.log(law(runs["N"], runs["D"]) - law.E)
     share = ((metric - floor) / (1 - floor)).clamp(1e-3, 1 - 1e-3)
     starts = []
     for b in (0.3, 0.6, 1.0, 1.6):
-        a = ((-torch.log1p(-share)).log() - b * torch.tensor(excess)[:, None]).median(0).values
+        a = ((-torch.log1p(-share)).log() - b * torch.tensor(excess)[:, None]).nanmedian(0).values.nan_to_num(0)
         starts.append(torch.cat([law.pack(*centre), a, torch.full_like(a, math.log(b))]))
     theta = minimise(objective, starts)
 
@@ -292,7 +293,7 @@ def held_out(runs):
     if "pjsd" in runs:
         loss, metric = fuse(law, early)[0](late["N"], late["D"])
         report["heldout_error_fused"] = float(np.abs(loss / late["loss"] - 1).mean())
-        report["heldout_pjsd"] = np.abs(metric - late["pjsd"]).mean(0).tolist()
+        report["heldout_pjsd"] = torch.tensor(metric - late["pjsd"]).abs().nanmean(0).tolist()
     return report
 
 
@@ -347,12 +348,12 @@ def page(report):
     for name in ("N", "kappa"):
         line(f"parabola: {name}", [f"{row['parabola'][name]:.3g}" for row in rows])
     print("kappa is d2 ln L / d(ln N)2 along the isoFLOP; N and D: within so much of its lowest loss")
-    print(f"the largest budget, predicted from the others: loss off by {report['heldout_error']:.2%}")
+    print(f"the largest budget, predicted from the others (nan: too few): loss off by {report['heldout_error']:.2%}")
     if "pjsd" in report:
-        print("pJSD = floor + (1 - floor) (1 - exp(-a (L - E)^b)), fitted with the law; held out, the loss is off by "
-              f"{report['heldout_error_fused']:.2%}")
-        for n, row in enumerate(zip(*report["pjsd"].values(), report["heldout_pjsd"]), 1):
-            print("  n = {}: a {:.3g}, b {:.3g}; held out, off by {:.3f} bits".format(n, *row))
+        print(f"with pJSD = floor + (1 - floor) (1 - exp(-a (L - E)^b)) fitted too: {report['heldout_error_fused']:.2%}, "
+              "and pJSD")
+        for n, row in enumerate(zip(report["heldout_pjsd"], *report["pjsd"].values()), 1):
+            print("  n = {}: off by {:.3f} bits; a {:.3g}, b {:.3g}".format(n, *row))
     if report["seeds"]:
         print(f"two seeds differ: deviation of ln L {report['seeds']['log_loss']:.4f}, of pJSD "
               + ", ".join(f"{x:.4f}" for x in report["seeds"].get("pjsd", ())))

@@ -35,6 +35,7 @@ import laws
 from cdslm import (Parser, Trainer, UserError, claim, cli, count, decay_start, decide, interruptible, newest,
                    open_autoencoder, sample)
 from corpus import FRAME_RATE, lock, open_corpus, reason, replacing
+from devices import ranks
 from listener import batched, load_listener, speak
 from plan import forecast
 from toyspeech import ToySpeech
@@ -151,6 +152,9 @@ def to_do(arguments, base, device, dtype):
 def run(arguments, flags):
     """Train what the grid lacks, a line of runs.jsonl for each run; a failed one says why, and is tried again."""
     base, out, failed = cdslm.parse(STUDY + flags), arguments.out, 0
+    if ranks()[1] > 1:
+        raise UserError("scaling.py trains on one device; start torchrun cdslm.py for each run, and write its N, D, C "
+                        "and loss to a CSV for scaling.py fit")
     device, dtype = decide(base)
     work, total = to_do(arguments, base, device, dtype)
     if base.dry_run or not work:

@@ -2,6 +2,8 @@
 import csv
 import json
 import math
+import os
+import signal
 import sys
 
 import numpy as np
@@ -9,9 +11,10 @@ import pytest
 
 import laws
 import scaling
-from cdslm import UserError
+from cdslm import Trainer, UserError, load_run
 from laws import Law, edge, fit, fuse, optimum, parabola, read, study
-from tests.conftest import command
+from listener import Listener
+from tests.conftest import SMALL, command, flags
 
 CHINCHILLA = Law(1.82, 482, 2085, 0.348, 0.366)        # Besiroglu et al. 2024
 SMALLER = Law(0.008, 8, 300, 0.5, 0.6)                 # about as a laptop's
@@ -315,3 +318,153 @@ def test_without_matplotlib_it_says_so(tmp_path, few, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match="pip install matplotlib"):
         fitted(write(tmp_path / "runs.csv", table()), "--plot", tmp_path / "figure.png")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A grid that is run.
+
+TINY = flags(**{name: SMALL[name] for name in SMALL if name not in ("depth", "width", "steps")})
+
+
+@pytest.fixture
+def go(monkeypatch, cache):
+    """go("--out", ...): run a grid of two sizes and two budgets, a second each; judged by a listener that knows nothing."""
+    monkeypatch.setattr(scaling, "load_listener", lambda: Listener().eval().requires_grad_(False))
+    monkeypatch.setattr(scaling, "VALIDATION", 8)
+
+    def run(*words):
+        grid = ["--budgets", "2e8,6e8", "--sizes", "1x16,1x24", "--minutes", "0.5", *map(str, words)]
+        monkeypatch.setattr("sys.argv", ["scaling.py", "run", *grid, *TINY])
+        scaling.main()
+    return run
+
+
+def rows(folder):
+    """The runs of a folder, without what differs from time to time."""
+    lines = [json.loads(line) for line in (folder / "runs.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in lines]
+
+
+@pytest.fixture
+def straight(go, tmp_path):
+    """The folder of a grid run without incident."""
+    go("--out", tmp_path / "straight")
+    return tmp_path / "straight"
+
+
+def test_a_grid_runs_and_each_run_says_what_it_was(straight, few, capsys):
+    found = rows(straight)
+    assert [(row["size"], row["budget"], row["seed"]) for row in found] == [
+        ("1x16", 2e8, 0), ("1x24", 2e8, 0), ("1x16", 6e8, 0), ("1x24", 6e8, 0), ("1x16", 6e8, 1), ("1x24", 6e8, 1)]
+    for row in found:
+        config, model, _ = load_run(straight / f"{row['size']}-seed{row['seed']}")
+        assert row["N"] == sum(p.numel() for p in model.parameters())
+        assert row["C"] == pytest.approx(row["budget"], rel=0.2) and row["6ND"] == 6 * row["N"] * row["D"]
+        assert row["hours"] / row["D"] == pytest.approx(config.patch_size / 80 / 3600)
+        assert row["epochs"] > 0 and len(row["losses"]) == 10
+        assert row["loss"] == pytest.approx(np.mean(list(row["losses"].values())))
+        assert len(row["pjsd"]) == len(row["pjsd_floor"]) == 5
+    fitted(straight)
+    assert "of 6 runs" in capsys.readouterr().out
+
+
+def test_a_branch_is_the_run_that_was_so_long_from_the_start(go, straight, tmp_path):
+    go("--out", tmp_path / "alone", "--budgets", "6e8", "--sizes", "1x24")
+    assert rows(tmp_path / "alone") == [row for row in rows(straight) if (row["size"], row["budget"]) == ("1x24", 6e8)]
+
+
+def test_the_same_command_goes_on(go, straight, tmp_path, monkeypatch, capsys):
+    step, count = Trainer.step, [0]
+
+    def interrupted(trainer):
+        count[0] += 1
+        if count[0] in stops:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(trainer)
+
+    go("--out", straight)                                        # nothing is left to do
+    assert "0 of 6 runs to do" in capsys.readouterr().out and len(rows(straight)) == 6
+    lengths = [row["D"] // (4 * 12) for row in rows(straight)]
+    stops = {lengths[0] // 3, lengths[0] + 2, sum(lengths[:2]) + 5}
+    monkeypatch.setattr(Trainer, "step", interrupted)
+    for _ in stops:
+        with pytest.raises(SystemExit) as stopped:
+            go("--out", tmp_path / "again")
+        assert stopped.value.code == 130
+    go("--out", tmp_path / "again")
+    assert rows(tmp_path / "again") == rows(straight)
+
+
+def test_a_run_that_fails_is_reported_and_tried_again(go, straight, tmp_path, monkeypatch, capsys):
+    step, validate = Trainer.step, Trainer.validate
+
+    def failing(trainer):
+        if trainer.config.width == 24:
+            raise RuntimeError("out of memory\nand more")
+        return step(trainer)
+
+    monkeypatch.setattr(Trainer, "step", failing)
+    monkeypatch.setattr(Trainer, "validate", lambda trainer, number: {"mean": math.nan})
+    with pytest.raises(SystemExit) as failed:
+        go("--out", tmp_path / "again")
+    found = rows(tmp_path / "again")
+    assert failed.value.code == 1 and [row["error"] for row in found] == 3 * [
+        "its validation loss is not finite", "out of memory"]
+    assert "1x24 at 2e+08 FLOPs failed: out of memory" in capsys.readouterr().err
+    monkeypatch.setattr(Trainer, "step", step)
+    monkeypatch.setattr(Trainer, "validate", validate)
+    go("--out", tmp_path / "again")
+    assert rows(tmp_path / "again")[6:] == rows(straight)
+    assert read(tmp_path / "again")[1] == ["6 rows for runs that have a later row"]
+
+
+def test_a_job_trains_its_part(go, straight, tmp_path):
+    go("--out", tmp_path / "parts", "--only", "1x24")
+    assert rows(tmp_path / "parts") == [row for row in rows(straight) if row["size"] == "1x24"]
+    go("--out", tmp_path / "parts", "--only", "1x16")
+    assert sorted(map(str, rows(tmp_path / "parts"))) == sorted(map(str, rows(straight)))
+
+
+def test_each_budget_trains_the_sizes_next_to_its_guess():
+    arguments, words = scaling.parse(["run", "--budgets", "1e12,1e14,1e13"])
+    runs = scaling.plan(arguments, scaling.cdslm.parse(scaling.STUDY + words))
+    for budget, seeds in ((1e12, 1), (1e13, 2), (1e14, 1)):
+        mine = [config for size, C, config in runs if C == budget]
+        sizes = [scaling.count(config)["parameters"] for config in mine[:5]]
+        assert len(mine) == 5 * seeds and sizes == sorted(set(sizes)) and sizes[-1] > 5 * sizes[0]
+        assert sizes[1] < math.sqrt(budget / 8) < sizes[3]
+        for config in mine:
+            assert config.steps * config.batch_size * scaling.count(config)["flops"] == pytest.approx(budget, rel=0.01)
+
+
+def test_other_speech_is_judged_from_its_sound(monkeypatch, small):
+    seen = []
+    monkeypatch.setattr(scaling.eval_pjsd, "recogniser", seen.append)
+    monkeypatch.setattr(scaling.eval_pjsd, "judge_run", lambda arguments: seen.append((arguments.run, arguments.minutes)))
+    config = small(data="somewhere")
+    scaling.make_judge(config, None, None, None, 2.5)(type("Trainer", (), {"config": config}))
+    assert seen == ["hama", (config.out, 2.5)]
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--budgets", "1e6"], "too few to mean anything"), (["--budgets", "-1"], "invalid numbers value"),
+    (["--budgets", "1e9,many"], "invalid numbers value"), (["--sizes", "2"], "invalid shapes value"),
+    (["--sizes", "1x100"], "multiple of 64"), (["--each", "0"], "--each must be at least 1"),
+    (["--minutes", "nan"], "--minutes more than 0"), (["--repeat", "5"], "--repeat of --budgets"),
+    (["--only", "9x9"], "--only of --sizes"), (["--nonsense"], "--nonsense"),
+])
+def test_a_grid_that_makes_no_sense_is_refused(go, tmp_path, words, message):
+    with pytest.raises(UserError, match=message):
+        go("--out", tmp_path / "runs", *words)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_dry_run_says_how_long_and_does_nothing(go, tmp_path, capsys):
+    go("--out", tmp_path / "runs", "--dry-run")
+    assert "6 of 6 runs to do: about 0 min" in capsys.readouterr().out and not (tmp_path / "runs").exists()
+
+
+def test_torchrun_is_for_cdslm(go, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="torchrun cdslm.py"):
+        go("--out", tmp_path / "runs")
