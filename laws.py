@@ -58,8 +58,9 @@ def read(path):
                         f"{len(order)} to be used{''.join(f'; {note}' for note in notes)}")
     try:
         for name in ("pjsd", "pjsd_floor") if {"pjsd", "pjsd_floor"} <= columns else ():
-            runs[name] = np.array([json.loads(str(rows[i][name])) for i in order], float).reshape(len(order), -1)
-    except ValueError:
+            cells = [rows[i][name] if isinstance(rows[i][name], list) else json.loads(rows[i][name]) for i in order]
+            runs[name] = np.array(cells, float).reshape(len(order), -1)
+    except (ValueError, TypeError, KeyError):
         raise UserError(f"{path}: pjsd and pjsd_floor must be lists of numbers, as long in every row") from None
     return runs, notes
 
@@ -347,13 +348,13 @@ def page(report):
         line(f"{name} within {report['epsilon']:.0%}", ranges)
     for name in ("N", "kappa"):
         line(f"parabola: {name}", [f"{row['parabola'][name]:.3g}" for row in rows])
-    print("kappa is d2 ln L / d(ln N)2 along the isoFLOP; N and D: within so much of its lowest loss")
-    print(f"the largest budget, predicted from the others (nan: too few): loss off by {report['heldout_error']:.2%}")
+    print("kappa: d2 ln L / d(ln N)2 along the isoFLOP; N and D: where the loss is within so much of its lowest\n\n"
+          f"the largest budget, predicted from the others (nan: too few): loss {report['heldout_error']:.2%} off")
     if "pjsd" in report:
-        print(f"with pJSD = floor + (1 - floor) (1 - exp(-a (L - E)^b)) fitted too: {report['heldout_error_fused']:.2%}, "
-              "and pJSD")
-        for n, row in enumerate(zip(report["heldout_pjsd"], *report["pjsd"].values()), 1):
-            print("  n = {}: off by {:.3f} bits; a {:.3g}, b {:.3g}".format(n, *row))
+        print("pJSD = floor + (1 - floor) (1 - exp(-a (L - E)^b)), fitted together with the law; predicted likewise: "
+              f"loss {report['heldout_error_fused']:.2%} off")
+        for n, row in enumerate(zip(*report["pjsd"].values(), report["heldout_pjsd"]), 1):
+            print("  n = {}: a {:.3g}, b {:.3g}; predicted {:.3f} bits off".format(n, *row))
     if report["seeds"]:
         print(f"two seeds differ: deviation of ln L {report['seeds']['log_loss']:.4f}, of pJSD "
               + ", ".join(f"{x:.4f}" for x in report["seeds"].get("pjsd", ())))

@@ -16,6 +16,7 @@ Any flag of cdslm.py may follow: `--data DIR`, `--seed 7`, `--batch-size 64`. Ea
 parameters, D tokens of both streams, C training FLOPs (exact; 6ND beside it), loss, pJSD, seconds of its own.
 """
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -80,9 +81,9 @@ def train(trainer, first, seconds, bar, signals):
     with replacing(folder / "config.json") as temporary:
         temporary.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
     shutil.copyfile(folder.parent / "autoencoder.pt", folder / "autoencoder.pt")
-    if (found := newest(folder, config)) is not None:
-        trainer.restore(found)
-        bar.update((trainer.done - first) * seconds)
+    with contextlib.suppress(UserError):                                      # if that is lost, or past: from the start
+        trainer.restore(newest(folder, config))
+    bar.update((trainer.done - first) * seconds)
     while trainer.done < config.steps and not signals:
         if trainer.done == start:
             trainer.save(folder / "trunk.pt")                                 # the next budget goes on from here
