@@ -45,7 +45,7 @@ from tqdm import tqdm
 
 from corpus import (DECODER_FFT, FRAME_RATE, HOP, MELS, UserError, griffin_lim, istft, keyed, keyed_noise, lock,
                     log_mel, open_corpus, pitch, printable, pulses, replacing, save_audio, stft, unmel)
-from devices import compiled, decide, from_rank_0, rank_0_first, ranks, shard, state_dicts, together
+from devices import compiled, decide, from_rank_0, keep_memory, rank_0_first, ranks, shard, state_dicts, together
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Config. One dial, the depth L: the width is 128 L [paper], heads are 64 wide, and `--size` names a depth with the
@@ -493,7 +493,7 @@ class Stream(nn.Module):
         """Add attention's result (B, T, d) to the stream, then the MLP's; each branch is scaled for the depth."""
         gate, shift, scale, mlp_gate = rest
         x = x + depth * gate * self.out(attended)
-        return x + depth * mlp_gate * self.down(F.gelu(self.up(modulate(x, shift, scale)), approximate="tanh"))
+        return x + depth * mlp_gate * self.down(F.gelu(self.up(modulate(x, shift, scale))))
 
 
 class Block(nn.Module):
@@ -569,7 +569,7 @@ def count(config):
 # noise there is, since language is decided there.
 
 @torch.no_grad()
-def sample(model, context, frames=None, steps=48, cfg=1.5, sampler="dpm", seed=0, progress=False):
+def sample(model, context, frames=None, steps=48, cfg=1.25, sampler="dpm", seed=0, progress=False):
     """Continue `context` (B, Tc, C) by `frames` frames, by default one window -> (B, frames, C) on its device.
 
     `cfg` is the guidance, 1 for none. Beyond a window, what was said last is the next context. The noise of item i
@@ -1069,6 +1069,7 @@ def cli(main):
     def terminated(number, frame):
         raise KeyboardInterrupt(number)
 
+    keep_memory()
     signal.signal(signal.SIGTERM, terminated)
     try:
         main()

@@ -317,7 +317,7 @@ def parse(argv=None):
     parser.add_argument("--reference", help="with --generated: a folder of real speech")
     parser.add_argument("--recognizer", help="toy, hama (English), hf:MODEL, text (.txt files) [hama; toy runs: toy]")
     parser.add_argument("--minutes", type=float, default=10.0, help="minutes of speech that a run is to speak [10]")
-    parser.add_argument("--cfg", type=float, default=1.5, help="its guidance [1.5]")
+    parser.add_argument("--cfg", type=float, default=1.25, help="its guidance [1.25]")
     parser.add_argument("--steps", type=int, default=48, help="its evaluations of the network [48]")
     parser.add_argument("--decided", action="store_true", help="toy: what is decided when? Draws RUN/decided.png")
     parser.add_argument("--json", type=Path, help="where to keep the report [a run: RUN/judged.json]")

@@ -34,7 +34,7 @@ def parse(argv=None):
     parser.add_argument("--prompt", help="a recording to continue, or 'none' for silence; held-out contexts by default")
     parser.add_argument("--seconds", type=float, help="seconds to speak [what it was trained to speak in one go]")
     parser.add_argument("--num", type=int, help="how many continuations [1; 4 without --prompt]")
-    parser.add_argument("--cfg", type=float, default=1.5, help="guidance: 1 none; more, closer to the context [1.5]")
+    parser.add_argument("--cfg", type=float, default=1.25, help="guidance: 1 none; more, closer to the context [1.25]")
     parser.add_argument("--steps", type=int, default=48, help="evaluations of the network a window [48]")
     parser.add_argument("--sampler", default="dpm", choices=("dpm", "ddim"), help="DPM-Solver++(2M) or DDIM [dpm]")
     parser.add_argument("--seed", type=int, default=0, help="another seed, another continuation [0]")

@@ -29,7 +29,7 @@ CHANGES = ["", "--patch-size 2", "--patch-size 4", "--patch-size 16", "--predict
            *SCHEDULES[1:], "--min-snr-gamma 0.05", "--min-snr-gamma 1", "--min-snr-gamma 5", "--t-shift 0",
            "--self-condition 0", "--optimizer adamw", "--ctx-seconds 0.5", "--ctx-seconds 2", "--ctx-drop 0.1",
            "--ctx-drop 0.5"]
-GUIDANCE = {"": (1, 1.5, 2, 4), "--ctx-drop 0.1": (1, 1.5, 2, 4)}  # every other run is judged at 1.5 alone
+GUIDANCE = {"": (1, 1.25, 2, 4), "--ctx-drop 0.1": (1, 1.25, 2, 4)}  # every other run is judged at 1.25 alone
 FIELDS = ("flags", "cfg", "seed", "loss", "pjsd1", "pjsd2", "pjsd3", "words", "language")
 
 
@@ -62,7 +62,7 @@ def run(flags, seed):
     while trainer.done < config.steps:
         trainer.step()
     loss = trainer.validate(256)["mean"]
-    rows = [(flags, cfg, seed, loss, *judge(config, trainer, cfg)) for cfg in GUIDANCE.get(flags, (1.5,))]
+    rows = [(flags, cfg, seed, loss, *judge(config, trainer, cfg)) for cfg in GUIDANCE.get(flags, (1.25,))]
     RESULTS.parent.mkdir(exist_ok=True)
     new = not RESULTS.exists()
     with RESULTS.open("a") as file:
@@ -83,7 +83,7 @@ def table():
             digits = 4 if name == "loss" else 3
             spread = f" ± {(max(values) - min(values)) / 2:.{digits}f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.{digits}f}{spread}")
-        shown = " ".join(filter(None, [flags, f"--cfg {cfg}" if cfg != "1.5" else ""]))
+        shown = " ".join(filter(None, [flags, f"--cfg {cfg}" if cfg != "1.25" else ""]))
         print(f"| {f'`{shown}`' if shown else 'nothing'} | " + " | ".join(cells) + " |")
 
 

@@ -254,7 +254,7 @@ def bench_speed(quick, run):
         autoencoder.decode(torch.cat([context, speech], dim=1))
 
     work = {f"{steps} evaluations, --cfg {cfg}": lambda cfg=cfg, steps=steps: speak(cfg, steps)
-            for steps in (24, 48) for cfg in (1, 1.5)}
+            for steps in (24, 48) for cfg in (1, 1.25)}
     work["the decoder alone"] = lambda: autoencoder.decode(torch.cat([context] * 4, dim=1)[:, :config.gen_frames])
     table(f"Speaking, batch {len(context)}", ("what", "times real time"),
           [(name, seconds / s) for name, s in race(1 if quick else 5, **work).items()])
