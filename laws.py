@@ -129,7 +129,7 @@ def minimise(objective, starts):
     found = []
     for start in starts:
         theta = start.clone().requires_grad_()
-        solver = torch.optim.LBFGS([theta], max_iter=1000, max_eval=2000, tolerance_grad=1e-9, tolerance_change=1e-12,
+        solver = torch.optim.LBFGS([theta], max_iter=1000, max_eval=2000, tolerance_grad=1e-9, tolerance_change=1e-10,
                                    history_size=20, line_search_fn="strong_wolfe")
 
         def closure(theta=theta, solver=solver):

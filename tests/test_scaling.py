@@ -226,6 +226,13 @@ def test_csv_and_jsonl_with_any_two_columns_say_the_same(tmp_path):
         np.testing.assert_allclose(other, seen[0], rtol=1e-12)
 
 
+def test_metrics_are_read_from_both(tmp_path):
+    rows = [row | {"pjsd": [0.1, i / 10], "pjsd_floor": [0.0, 0.05]} for i, row in enumerate(table())]
+    for name in ("runs.csv", "runs.jsonl"):
+        runs, _ = read(write(tmp_path / name, rows))
+        assert runs["pjsd"].tolist() == [row["pjsd"] for row in rows] and runs["pjsd_floor"].shape == (10, 2)
+
+
 def test_the_order_of_rows_does_not_matter_and_what_is_there_twice_counts_once(tmp_path):
     rows = table()
     straight = read(write(tmp_path / "a.csv", rows))[0]
