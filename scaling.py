@@ -200,12 +200,12 @@ def draw(runs, report, path):
     except ImportError:
         raise UserError("--plot needs matplotlib: pip install matplotlib") from None
     figure, rows = Figure(figsize=(9.6, 7.2), layout="constrained"), report["budgets"]
-    C, bound = (np.array([row[name] for row in rows]) for name in ("C", "edge"))
+    C, bound = np.array([row["C"] for row in rows]), np.array([bool(row["edge"]) for row in rows])
     (iso, curvature), (ratio, metric) = figure.subplots(2, 2)
     law, (k, p) = laws.Law(*(report[name] for name in ("E", "A", "B", "alpha", "beta"))), report["cost"].values()
     sizes = np.geomspace(runs["N"].min() / 1.5, runs["N"].max() * 1.5, 200)
     for number, (row, marker) in enumerate(zip(rows, itertools.cycle("osD^vPX"))):
-        shade, mine = matplotlib.colormaps["cividis"](0.9 * number / len(rows)), runs["group"] == number
+        shade, mine = matplotlib.colormaps["cividis"](0.9 * number / (len(rows) - 1)), runs["group"] == number
         iso.plot(runs["N"][mine], runs["loss"][mine], marker, color=shade, label=f"{row['C']:.2g}")
         iso.plot(sizes, law(sizes, row["C"] / (k * sizes ** p)), color=shade)
         iso.plot(row["N"], row["loss"], "*", color=COLOURS[4], markersize=13, markeredgecolor="white", zorder=3)
@@ -215,8 +215,8 @@ def draw(runs, report, path):
         values, ends = (np.array([row[name] for row in part]) for part in (rows, [row["interval"] for row in rows]))
         axes.fill_between(C, *ends.T, color=COLOURS[0], alpha=0.2, linewidth=0, label="95 % interval")
         axes.plot(C, values, color=COLOURS[0])
-        for end, face, label in ((False, COLOURS[0], "law"), (True, "white", "at the edge: a bound")):
-            here = (bound != None) == end                                     # noqa: E711 (an array of None)
+        for here, face, label in ((~bound, COLOURS[0], "law"), (bound, "white", "at the edge: a bound")):
+            label = label if here.any() else None
             axes.plot(C[here], values[here], "o", color=COLOURS[0], markerfacecolor=face, label=label)
     curvature.plot(C, [row["parabola"]["kappa"] for row in rows], "s", color=COLOURS[4], label="parabola")
     best = [min(np.flatnonzero(runs["group"] == g), key=lambda i: runs["loss"][i]) for g in range(len(rows))]
@@ -226,12 +226,12 @@ def draw(runs, report, path):
         metric.plot(C, runs["pjsd_floor"][best, n], ":", color=colour)
     curvature.set_ylabel("κ = d² ln L / d(ln N)²")
     ratio.set(yscale="log", ylabel="r* = D*/N*, tokens a parameter")
-    metric.set_ylabel("pJSD, bits: of the best runs, by the law, floor (dotted)")
+    metric.set_ylabel("pJSD of the best runs, bits (dotted: floor)")
     for axes in (curvature, ratio, metric):
         axes.set(xscale="log", xlabel="C, training FLOPs")
         axes.set_xticks(C, [f"{c:.2g}" for c in C], minor=False, rotation=20)
         axes.set_xticks([], minor=True)
-        axes.legend(frameon=False) if axes.lines else axes.set_axis_off()
+        axes.legend(framealpha=0.7, edgecolor="none") if axes.lines else axes.set_axis_off()
     form = path.suffix[1:] or "png"
     if form not in figure.canvas.get_supported_filetypes():
         raise UserError(f"--plot {path}: can't write {form}; png, pdf and svg can be")
