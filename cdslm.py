@@ -11,7 +11,7 @@ arXiv 2604.24416), written to be read from top to bottom, in the order in which 
     Sampler        noise -> speech: DDIM, DPM-Solver++(2M), guidance, window after window
     Optimiser      how learning rates follow from width and depth, schedules, averaged weights
     Checkpoints    written whole or not at all; the same command resumes
-    Training       the loop
+    Training       the loop, on one device or many (devices.py; plan.py says beforehand what a run takes)
     main           the command line
 
     python cdslm.py --size tiny                         ten minutes on two CPU cores; then listen to out/tiny/*.wav

@@ -1,7 +1,7 @@
 """scaling: what is the best use of a compute budget? A small isoFLOP study, from the runs to the laws.
 
-    python scaling.py run --out runs/iso                                      about an hour on one core
-    python scaling.py run --budgets 4e12,1.2e13,4e13,1.2e14 --out runs/iso    about two and a half
+    python scaling.py run --out runs/iso                                      three quarters of an hour on one core
+    python scaling.py run --budgets 4e12,1.2e13,4e13,1.2e14 --out runs/iso    some hours: steadier laws
     python scaling.py fit runs/iso --plot runs/iso.png                        fit the laws, draw them
 
 `run` trains toy speech as the paper trains (its loss, AdamW, no first guesses), but predicts x0, lest narrow models
@@ -43,7 +43,7 @@ from toyspeech import ToySpeech
 
 STUDY = ("--size tiny --self-condition 0 --min-snr-gamma 5 --t-shift 0 --optimizer adamw --decoder griffinlim "
          "--toy-hours 20 --warmup 50").split()
-BUDGETS = "1.2e12,4e12,1.2e13,4e13"
+BUDGETS = "6e11,2e12,6e12,2e13"
 SIZES = "2x24,2x32,2x48,2x64,4x64,2x128,2x192,2x256,2x320,2x384,2x512"  # depth x width
 VALIDATION, SAVE_EVERY = 256, 1000  # windows; steps
 COLOURS = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00"  # Okabe & Ito's (2008), for all eyes
