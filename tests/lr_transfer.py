@@ -1,7 +1,8 @@
 """Does the best learning rate of a small model serve a large one? Sweeps over width and over depth, with muP and with
 standard parametrisation, where every size has the same rates, decay and residual scale.
 
-    python tests/lr_transfer.py     half an hour on one core; goes on where it stopped; draws assets/transfer.png
+    python tests/lr_transfer.py            an hour and a half on one core; goes on where it stopped
+    python tests/lr_transfer.py --draw     draws what is there: assets/transfer.png
 
 A line of results/lr_transfer.csv is one run: tiny's window, AdamW, 200 steps of 16 windows, and its validation loss.
 The regret of a size is what its loss at the best rate of the smallest size is above its loss at its own best rate.
@@ -62,9 +63,11 @@ def run(way, width, depth, lr, seed):
 
 
 def curves(losses, way, sizes):
-    """{size: {lr: mean loss over the seeds}}."""
-    return {size: {lr: statistics.mean(losses[way, *size, lr, seed] for seed in SEEDS) for lr in RATES[way]}
-            for size in sizes}
+    """{size: {lr: mean loss over the seeds}} of the sizes whose runs are all there for a seed at least."""
+    seeds = {size: [seed for seed in SEEDS if all((way, *size, lr, seed) in losses for lr in RATES[way])]
+             for size in sizes}
+    return {size: {lr: statistics.mean(losses[way, *size, lr, seed] for seed in some) for lr in RATES[way]}
+            for size, some in seeds.items() if some}
 
 
 def regrets(by_size):
@@ -95,7 +98,7 @@ def draw(losses):
 
 
 def main():
-    for plan in planned():
+    for plan in () if "--draw" in sys.argv else planned():
         if plan not in done():
             run(*plan)
     draw(done())
