@@ -445,7 +445,7 @@ class Corpus:
         blocks = [(name, keyed(0, name, (minute * 60 * FRAME_RATE + at) // size) / 2 ** 63,
                    shard, start + at, min(size, frames - at))
                   for name, minute, shard, start, frames in stretches for at in range(0, frames, size)]
-        usable = sorted(chance for _, chance, _, _, frames in blocks if frames >= window)
+        usable = sorted({chance for _, chance, _, _, frames in blocks if frames >= window})
         if len(usable) < 2:
             raise UserError(f"too little speech: {total / FRAME_RATE:.1f} s, where training and validation each need a "
                             f"stretch of {window / FRAME_RATE:g} s; add some, or shorten --gen-seconds")

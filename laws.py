@@ -34,7 +34,7 @@ def read(path):
     path = Path(path)
     path = path / "runs.jsonl" if path.is_dir() else path
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()           # Excel writes a mark first
         rows = [json.loads(line) for line in lines] if path.suffix == ".jsonl" else list(csv.DictReader(lines))
         columns = set().union(*(row.keys() for row in rows)) - {None}
     except OSError as error:
@@ -75,12 +75,13 @@ def number(cell):
 
 def choose(rows, values, good):
     """Which of the rows count, and notes on the others: a run that is there twice counts as it is there last."""
-    last = {(row["size"], row["budget"], row["seed"]) if "seed" in row else tuple(map(str, values[i])): i
-            for i, row in enumerate(rows)}
+    names = "size", "budget", "seed"                              # of a run of `scaling.py run`
+    ours = all(name in row for name in names for row in rows)
+    last = {tuple(row[name] for name in names) if ours else tuple(map(str, values[i])): i for i, row in enumerate(rows)}
     notes = [f"{len(rows) - len(last)} rows for runs that have a later row"] * (len(last) < len(rows))
     for i in last.values():
         if not good[i]:
-            name = f"{rows[i]['size']} at {float(rows[i]['budget']):g} FLOPs" if "seed" in rows[i] else f"row {i + 1}"
+            name = f"{rows[i]['size']} at {number(rows[i]['budget']):g} FLOPs" if ours else f"row {i + 1}"
             notes.append(f"{name}: {rows[i].get('error') or 'N, D, C or its loss is not a positive number'}")
     return [i for i in last.values() if good[i]], notes
 
@@ -168,8 +169,11 @@ def fit(N, D, loss, weight=None, start=None):
 
 
 def resample(law, runs):
-    """Laws of bootstrap samples: of each isoFLOP's runs as many are drawn as it has, with replacement."""
+    """Laws of bootstrap samples: of each isoFLOP's runs as many are drawn as it has, with replacement; or of all runs,
+    if an isoFLOP has fewer than three."""
     rng, members = np.random.default_rng(0), [np.flatnonzero(runs["group"] == g) for g in np.unique(runs["group"])]
+    if min(map(len, members)) < 3:
+        members = [np.arange(len(runs["N"]))]
     for _ in range(SAMPLES):
         drawn = np.concatenate([rng.choice(group, len(group)) for group in members])
         yield fit(runs["N"], runs["D"], runs["loss"], np.bincount(drawn, minlength=len(runs["N"])), law)
@@ -215,12 +219,15 @@ def parabola(N, loss):
     return {"N": math.exp(x.mean() - b / (2 * a)) if a > 0 else math.nan, "kappa": float(2 * a)}
 
 
-def edge(N, loss, best):
+def edge(N, loss, best, sizes):
     """Why the optimum of an isoFLOP is only a bound: "low" or "high", the end of its sizes at which it lies; or None.
-    N*, by the law, must be among the sizes, and no end may have the lowest loss."""
-    if best <= N.min() or N[loss.argmin()] == N.min():
+    N*, by the law, must be among the sizes, and no end may have the lowest loss. A lone run has no ends: then N* must
+    be among the `sizes` of all runs."""
+    lone = len(np.unique(N)) == 1
+    N, lowest = (sizes, best) if lone else (N, N[loss.argmin()])
+    if best <= N.min() or lowest == N.min():
         return "low"
-    return "high" if best >= N.max() or N[loss.argmin()] == N.max() else None
+    return "high" if best >= N.max() or lowest == N.max() else None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -310,7 +317,7 @@ def study(runs, notes):
     for budget, i in zip(budgets, members):
         best = [optimum(one, budget, k, p) for one in laws]
         report["budgets"].append(best[0] | {"interval": spread(best[1:]), "parabola": parabola(N[i], loss[i]),
-                                            "edge": edge(N[i], loss[i], best[0]["N"])})
+                                            "edge": edge(N[i], loss[i], best[0]["N"], N)})
         if end := report["budgets"][-1]["edge"]:
             side, bound = {"low": ("smallest", "most"), "high": ("largest", "least")}[end]
             report["warnings"].append(f"at {budget:.3g} FLOPs the optimum lies at the {side} size: N* is at {bound} "

@@ -153,7 +153,7 @@ def to_do(arguments, base, device, dtype):
 def run(arguments, flags):
     """Train what the grid lacks, a line of runs.jsonl for each run; a failed one says why, and is tried again."""
     base, out, failed = cdslm.parse(STUDY + flags), arguments.out, 0
-    if ranks()[1] > 1:
+    if ranks()[1] > 1 or base.parallel == "fsdp":
         raise UserError("scaling.py trains on one device; start torchrun cdslm.py for each run, and write its N, D, C "
                         "and loss to a CSV for scaling.py fit")
     device, dtype = decide(base)
@@ -162,8 +162,9 @@ def run(arguments, flags):
         return
     out.mkdir(parents=True, exist_ok=True)
     corpus = open_corpus(base)
-    autoencoder = open_autoencoder(dataclasses.replace(base, out=str(out)), corpus, device)  # one for all
-    judge = make_judge(base, autoencoder, device, dtype, arguments.minutes)
+    with lock(out / ".lock", wait=True):                                      # the first job makes them for all
+        autoencoder = open_autoencoder(dataclasses.replace(base, out=str(out)), corpus, device)
+        judge = make_judge(base, autoencoder, device, dtype, arguments.minutes)
     bar = tqdm(total=total, smoothing=0, bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}")
     with bar, interruptible() as signals:
         for size, budget, config, first, seconds in work:

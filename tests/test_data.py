@@ -199,6 +199,13 @@ def test_too_little_speech_is_a_users_error(corpus, folder):
         corpus()
 
 
+def test_one_recording_twice_is_too_little_speech(small, tmp_path):
+    for folder in "ab":
+        record(tmp_path / folder, "x.wav", 2)
+    with pytest.raises(UserError, match="too little speech"):
+        open_corpus(small(data=[str(tmp_path / "a"), str(tmp_path / "b")]))
+
+
 def test_a_folder_without_sound_is_a_users_error(corpus, folder):
     with pytest.raises(UserError, match="no such folder"):
         corpus()

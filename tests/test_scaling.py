@@ -133,9 +133,22 @@ def test_a_parabola_finds_a_bottom_or_says_there_is_none():
 
 def test_an_optimum_at_the_edge_is_a_bound():
     N, loss = np.array([1e5, 2e5, 4e5]), np.array([3.0, 2.0, 3.0])
-    assert edge(N, loss, 2e5) is None
-    assert edge(N, loss, 0.9e5) == edge(N, loss[[1, 0, 0]], 2e5) == "low"
-    assert edge(N, loss, 5e5) == edge(N, loss[[0, 0, 1]], 2e5) == "high"
+    assert edge(N, loss, 2e5, N) is None
+    assert edge(N, loss, 0.9e5, N) == edge(N, loss[[1, 0, 0]], 2e5, N) == "low"
+    assert edge(N, loss, 5e5, N) == edge(N, loss[[0, 0, 1]], 2e5, N) == "high"
+    alone = [edge(N[:1], loss[:1], best, N) for best in (0.9e5, 3e5, 5e5)]
+    assert alone == ["low", None, "high"]
+
+
+def test_runs_that_form_no_isoflops_have_intervals_and_no_edges(few):
+    N, D = (x.flatten() for x in np.meshgrid(np.geomspace(1e5, 1e7, 5), np.geomspace(1e6, 3e8, 4)))
+    loss = SMALLER(N, D) * np.exp(0.01 * np.random.default_rng(0).standard_normal(20))
+    order = np.argsort(N * D)
+    runs = {"N": N[order], "D": D[order], "C": 6 * (N * D)[order], "loss": loss[order], "group": np.arange(20)}
+    report = study(runs, [])
+    assert all(low < high for low, high in report["interval"].values())
+    inside = [row for row in report["budgets"] if 1e5 < row["N"] < 1e7]
+    assert inside and not any(row["edge"] for row in inside)
 
 
 def test_metrics_are_fitted_with_the_law():
@@ -248,6 +261,13 @@ def test_seeds_are_no_duplicates_and_a_run_tried_again_counts_as_it_ended(tmp_pa
     assert len(runs["N"]) == 11 and notes == ["1 rows for runs that have a later row"]
     _, notes = read(write(tmp_path / "b.jsonl", [*rows, failed | {"seed": 2}]))
     assert notes == ["s0 at 1e+12 FLOPs: ten steps in a row"]
+
+
+def test_a_table_from_elsewhere_may_have_seeds_and_a_mark(tmp_path):
+    path = write(tmp_path / "a.csv", [row | {"seed": 0} for row in table()])
+    path.write_text(path.read_text(), encoding="utf-8-sig")
+    runs, notes = read(path)
+    assert len(runs["N"]) == 10 and not notes
 
 
 def test_runs_that_are_not_numbers_are_left_out_and_named(tmp_path):
@@ -485,3 +505,6 @@ def test_torchrun_is_for_cdslm(go, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="torchrun cdslm.py"):
         go("--out", tmp_path / "runs")
+    monkeypatch.delenv("WORLD_SIZE")
+    with pytest.raises(UserError, match="torchrun cdslm.py"):
+        go("--out", tmp_path / "runs", "--parallel", "fsdp")
