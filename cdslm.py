@@ -552,16 +552,19 @@ class MMDiT(nn.Module):
 
 def count(config):
     """Parameters, tokens a window, and FLOPs of training on a window: 2 a multiply-add, backward twice forward, except
-    that nothing is passed back to the input. A first guess costs a forward pass more."""
+    that nothing is passed back to the input. A first guess costs a forward pass more. `flops_forward` is what it takes
+    to ask the network once when sampling: a step does that once, or twice for guidance."""
     d, L, kc = config.width, config.depth, config.patch_size * config.channels
     ctx, gen = config.ctx_frames // config.patch_size, config.gen_frames // config.patch_size
     enter = kc * d * (ctx + gen) + 256 * d                                              # multiply-adds from the input
     blocks = 12 * d * d * (gen * L + ctx * (L - 1)) + 3 * d * d * ctx + 2 * d * L * (ctx + gen) ** 2
     inner = blocks + d * d * (1 + 6 * (2 * L - 1) + 2 + 2) + kc * d * gen               # noise level, adaLN, output too
-    guess = config.self_condition * (2 * (enter + inner) + 4 * kc * d * gen)
+    forward, guessed = 2 * (enter + inner), 2 * kc * d * gen
+    guess = config.self_condition * (forward + 2 * guessed)
     with torch.device("meta"):
         parameters = sum(p.numel() for p in MMDiT(config).parameters())
-    return {"parameters": parameters, "tokens": ctx + gen, "flops": 4 * enter + 6 * inner + guess}
+    return {"parameters": parameters, "tokens": ctx + gen, "flops": 4 * enter + 6 * inner + guess,
+            "flops_forward": forward + guessed * (config.self_condition > 0)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -72,6 +72,7 @@ def dry_run(config):
              "ctx_frames": config.ctx_frames, "gen_frames": config.gen_frames, "tokens_per_step": tokens,
              "flops_per_step": size["flops"] * config.batch_size, "tokens": tokens * config.steps,
              "flops": size["flops"] * windows, "6ND": 6 * size["parameters"] * tokens * config.steps,
+             "flops_per_window_spoken": 2 * 48 * size["flops_forward"],     # the sampler's steps, with guidance
              "devices": devices, "days": size["flops"] * windows / (devices * config.tflops * 1e12) / 86400}
     facts |= {f"GiB: {name}": value for name, value in memory(config, devices, device, dtype).items()}
     lines = [f"{name:>40}  {value:.3g}" if isinstance(value, float) else f"{name:>40}  {value}"

@@ -83,6 +83,10 @@ def test_flops_are_torchs_count(config):
     share = config.self_condition
     average = (1 - share) * counted(False) + (share * counted(True) if share else 0)
     assert count(config)["flops"] == pytest.approx(average, rel=0.01)
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        xt, ctx = (torch.empty(1, frames, config.channels) for frames in (config.gen_frames, config.ctx_frames))
+        MMDiT(config)(xt, torch.empty(1), ctx, xt)
+    assert count(config)["flops_forward"] == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
 def test_tokens_are_patches():
