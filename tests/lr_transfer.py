@@ -92,6 +92,8 @@ def draw(losses):
             print(f"{way:>9}, {axis} {value:>3}: best rate {best:.1e}, loss {by_size[size][best]:.4f}, "
                   f"regret {regret:.2%}")
         panel.set(xscale="log", yscale="log", xlabel="learning rate of the base", title=f"{way}, over {axis}")
+        panel.minorticks_off()
+        panel.set_yticks([0.07, 0.1, 0.15, 0.2], ["0.07", "0.1", "0.15", "0.2"])
         panel.legend(title=f"{axis}: regret")
     panels[0].set_ylabel("validation loss")
     figure.savefig(FIGURE, dpi=110)

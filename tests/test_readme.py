@@ -165,11 +165,3 @@ def test_every_place_in_the_fidelity_table_exists():
     assert len(places) > 20
     for file, name in places:
         assert re.search(rf"^ *(def|class) {name.split('.')[-1]}\b|^{name} = ", (ROOT / file).read_text(), re.M), name
-
-
-def test_every_flag_in_the_readme_exists():
-    known = {file: (ROOT / file).read_text() for file in ("cdslm.py", "sample.py", "eval_pjsd.py", "scaling.py")}
-    fields = {"--" + name.replace("_", "-") for name in cdslm.Config.__dataclass_fields__}
-    others = {"--slow", "--nproc_per_node", "--nnodes", "--quick"}
-    for flag in set(re.findall(r"(?<![\w-])--[a-z][\w-]+", README.read_text())) - others:
-        assert flag in fields or any(f'"{flag}"' in text for text in known.values()), flag
