@@ -712,7 +712,7 @@ def newest(folder, config=None):
     """The newest readable checkpoint of a run, None if there is none yet. Given a config to go on with, the newest that
     its learning-rate schedule leads through: a run made longer goes back to where the decay began."""
     names = [name for name in ("checkpoint.pt", "checkpoint.previous.pt", "trunk.pt") if (folder / name).exists()]
-    seen = []
+    seen, fits = [], []
     if names and names[0] != "checkpoint.pt":
         print(f"warning: {folder}/checkpoint.pt is missing; trying {names[0]}")
     for name in names:
@@ -725,10 +725,13 @@ def newest(folder, config=None):
         if config is not None and seen[0] is None and (folder / names[0]).exists():
             os.replace(folder / names[0], folder / f"{names[0]}.damaged")     # lest the next save move it over this one
         if config is None or found["steps"] == config.steps:
-            return found
+            fits.append(found)
+            break
         wsd = config.lr_schedule == "wsd"
         if found["step"] <= (min(map(decay_start, (config.steps, found["steps"]))) if wsd else config.steps):
-            return found
+            fits.append(found)
+    if fits:
+        return max(fits, key=lambda found: found["step"])
     if seen and not any(seen):
         raise UserError(f"{folder}: none of its checkpoints can be read")
     if seen:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import cdslm
-from cdslm import claim, load, load_run, newest, read_config, save
+from cdslm import Config, claim, load, load_run, newest, read_config, save
 from corpus import UserError
 
 
@@ -33,6 +33,14 @@ def test_the_one_before_is_kept(tmp_path):
     assert load(tmp_path / "checkpoint.pt")["step"] == 3
     assert load(tmp_path / "checkpoint.previous.pt")["step"] == 2
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_longer_run_goes_on_from_the_last_step_that_both_share(tmp_path):
+    for name, step in (("trunk.pt", 750), ("checkpoint.pt", 500), ("checkpoint.pt", 1000)):
+        save(tmp_path / name, step=step, steps=1000)
+    assert [newest(tmp_path, Config(steps=steps))["step"] for steps in (1000, 2000, 800)] == [1000, 750, 500]
+    with pytest.raises(UserError, match="past what --steps 400 can go on from"):
+        newest(tmp_path, Config(steps=400))
 
 
 def test_a_save_that_fails_changes_nothing(tmp_path, monkeypatch):
