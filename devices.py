@@ -122,4 +122,4 @@ def keep_memory():
     with contextlib.suppress(OSError, AttributeError):                        # other systems have no glibc
         mallopt, trim_threshold, mmap_threshold = ctypes.CDLL("libc.so.6").mallopt, -1, -3
         mallopt(trim_threshold, 2 ** 30)
-        mallopt(mmap_threshold, 2 ** 30)
+        mallopt(mmap_threshold, 2 ** 30) or mallopt(mmap_threshold, 2 ** 25)  # old ones allow no more than 32 MiB

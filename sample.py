@@ -47,6 +47,8 @@ def parse(argv=None):
         arguments.num = 1 if arguments.prompt else 4
     if arguments.num < 1 or arguments.steps < 1 or not math.isfinite(arguments.cfg) or arguments.seed < 0:
         raise UserError("--num and --steps must be at least 1, --seed at least 0, --cfg a number")
+    if arguments.out and not arguments.out.parent.is_dir():
+        raise UserError(f"--out {arguments.out}: no folder {arguments.out.parent}")
     return arguments
 
 
@@ -62,8 +64,7 @@ def contexts(arguments, config, autoencoder, device):
             print(f"{arguments.prompt} is silent: starting from silence")
             wave = torch.zeros(0)
         elif 0 < len(wave) < need * HOP:
-            print(f"{arguments.prompt} has only {len(wave) / RATE:.1f} s: silence is put before it, to make "
-                  f"{need / FRAME_RATE:g} s")
+            print(f"{arguments.prompt} has {len(wave) / RATE:.1f} s: silence before it makes {need / FRAME_RATE:g} s")
         wave = F.pad(wave, (max(0, need * HOP - len(wave)), 0))
         waves = wave[len(wave) % HOP:].repeat(arguments.num, 1)
     return autoencoder.encode(waves.to(device))
@@ -140,7 +141,8 @@ def making(config):
     words, usual = ["python", "cdslm.py", "--size", config.size], dataclasses.asdict(Config(size=config.size))
     for name, value in dataclasses.asdict(config).items():
         if value != usual[name]:
-            words += ["--" + name.replace("_", "-")] + [str(value)] * (value is not True)
+            values = value if isinstance(value, list) else [value] * (value is not True)
+            words += ["--" + name.replace("_", "-"), *map(str, values)]
     every = escape(json.dumps(dataclasses.asdict(config), indent=2))
     return f"<pre>{escape(shlex.join(words))}</pre><details><summary>settings</summary><pre>{every}</pre></details>"
 
@@ -186,8 +188,6 @@ def main():
                         arguments.seed, progress=True)
     waves = autoencoder.decode(torch.cat([frames, spoken], dim=1))
     path = arguments.out or folder / "continued.wav"
-    if not path.parent.is_dir():
-        raise UserError(f"--out {path}: no folder {path.parent}")
     files = [path.with_stem(f"{path.stem}-{i}") for i in range(1, arguments.num + 1)] if arguments.num > 1 else [path]
     for file, wave in zip(files, waves):
         save_audio(file, wave)

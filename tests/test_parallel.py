@@ -139,6 +139,19 @@ def test_without_a_compiler_it_says_so_and_goes_on(monkeypatch, capsys):
     assert capsys.readouterr().out == "--compile does not work here (no compiler); going on without\n"
 
 
+@pytest.mark.parametrize("most", [2 ** 25, 2 ** 31])
+def test_malloc_maps_as_little_as_the_system_allows(monkeypatch, most):
+    asked = {}
+    def mallopt(what, size):
+        if what == -3 and size > most:
+            return 0
+        asked[what] = size
+        return 1
+    monkeypatch.setattr(devices.ctypes, "CDLL", lambda name: type("libc", (), {"mallopt": staticmethod(mallopt)}))
+    devices.keep_memory()
+    assert asked == {-1: 2 ** 30, -3: min(most, 2 ** 30)}
+
+
 @pytest.mark.slow
 def test_with_a_compiler_that_is_not_there_it_goes_on_too(tmp_path):
     words = flags(**RUN | dict(out=tmp_path / "run", steps=1)) + ["--compile"]

@@ -186,9 +186,10 @@ def test_the_page_has_the_command_that_makes_such_a_run(folder, say):
     page = (folder / "index.html").read_text()
     line = page[page.index("python cdslm.py"):].split("</pre>")[0]
     assert cdslm.parse(shlex.split(line)[2:]) == cdslm.read_config(folder)
-    odd = cdslm.Config(data="it's <odd> & \"so\"", zero_terminal_snr=True, t_shift=-1.0, depth=3, out="a b")
-    line = html.unescape(speak.making(odd).removeprefix("<pre>").split("</pre>")[0])
-    assert cdslm.parse(shlex.split(line)[2:]) == odd
+    for data in ("it's <odd> & \"so\"", ["a b", "c"]):
+        odd = cdslm.Config(data=data, zero_terminal_snr=True, t_shift=-1.0, depth=3, out="a b")
+        line = html.unescape(speak.making(odd).removeprefix("<pre>").split("</pre>")[0])
+        assert cdslm.parse(shlex.split(line)[2:]) == odd
 
 
 def test_what_is_not_there_or_damaged_is_left_out_of_the_page(folder, say):
