@@ -126,6 +126,8 @@ def announce(config, device, dtype):
     print(f"{config.size}: {size['parameters'] / 1e6:.2f} M parameters on {device} in {str(dtype)[6:]}; "
           f"{config.steps} steps of {config.batch_size} windows of {size['tokens']} tokens, "
           f"{size['flops'] * config.batch_size / 1e9:.3g} GFLOP a step")
+    if config.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
+        print("this torch has no Muon, as 2.9 has: AdamW turns the hidden matrices too")
     if dist.is_initialized():
         print(f"{ranks()[1]} ranks, each with {'a shard' if config.parallel == 'fsdp' else 'a copy'} of the model")
         return

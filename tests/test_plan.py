@@ -64,6 +64,16 @@ def test_what_a_step_keeps_is_what_autograd_saves(small):
         assert (bytes_kept[1] - bytes_kept[0] - softmax) / tokens / 256 == pytest.approx(kept, rel=0.2)
 
 
+def test_a_torch_without_muon_says_so(monkeypatch, small, capsys):
+    monkeypatch.setattr(plan, "forecast", lambda *_: (1.0, 1.0))
+    config, cpu, had, said = small(optimizer="muon"), torch.device("cpu"), hasattr(torch.optim, "Muon"), []
+    for _ in range(2):
+        plan.announce(config, cpu, torch.float32)
+        said.append("no Muon" in capsys.readouterr().out)
+        monkeypatch.delattr(torch.optim, "Muon", raising=False)
+    assert said == [not had, True]
+
+
 def test_shards_and_checkpoints_take_less():
     gpu = torch.device("cuda")
     def need(**changes):
