@@ -725,8 +725,7 @@ def newest(folder, config=None):
         if config is not None and seen[0] is None and (folder / names[0]).exists():
             os.replace(folder / names[0], folder / f"{names[0]}.damaged")     # lest the next save move it over this one
         if config is None or found["steps"] == config.steps:
-            fits.append(found)
-            break
+            return found
         wsd = config.lr_schedule == "wsd"
         if found["step"] <= (min(map(decay_start, (config.steps, found["steps"]))) if wsd else config.steps):
             fits.append(found)
@@ -769,6 +768,11 @@ def read_config(folder):
         raise UserError(f"{folder}: no run there; train one with: python cdslm.py --size tiny --out {folder}") from None
     except (ValueError, TypeError):
         raise UserError(f"{path}: damaged, or not ours") from None
+
+
+def write_config(folder, config):
+    with replacing(Path(folder) / "config.json") as temporary:
+        temporary.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
 
 
 def load_run(folder, device="cpu"):
@@ -960,9 +964,8 @@ def train(config):
         usual = plan.announce(config, device, dtype)                          # seconds a step
         with rank_0_first():                                                  # it makes what the others then find
             corpus = open_corpus(config)
-            if rank == 0:
-                with replacing(Path(config.out) / "config.json") as temporary:  # the folder is of this configuration
-                    temporary.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+            if rank == 0 and not (Path(config.out) / "config.json").exists():
+                write_config(config.out, config)
             autoencoder = open_autoencoder(config, corpus, device)
         trainer = Trainer(config, corpus, autoencoder, device, dtype)
         with interruptible() as trainer.signals:
@@ -982,6 +985,7 @@ def learn(trainer, folder, usual=None):
     if trainer.done:
         print(f"going on from step {trainer.done}")
     if trainer.rank == 0:
+        write_config(folder, config)
         trim_log(folder / "log.jsonl", trainer.done)
     first, shown, slow = trainer.done, {}, 0
 

@@ -34,7 +34,7 @@ import cdslm
 import eval_pjsd
 import laws
 from cdslm import (Parser, Trainer, UserError, claim, cli, count, decay_start, decide, interruptible, newest,
-                   open_autoencoder, sample)
+                   open_autoencoder, sample, write_config)
 from corpus import FRAME_RATE, lock, open_corpus, reason, replacing
 from devices import ranks
 from listener import batched, load_listener, speak
@@ -78,8 +78,7 @@ def train(trainer, first, seconds, bar, signals):
     """Train to the end of this budget, or until a signal comes, from where the trunk of the budget before it ended,
     step `first`; a step moves the bar by the seconds that it is thought to take."""
     config, folder, start = trainer.config, Path(trainer.config.out), decay_start(trainer.config.steps)
-    with replacing(folder / "config.json") as temporary:
-        temporary.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    write_config(folder, config)
     shutil.copyfile(folder.parent / "autoencoder.pt", folder / "autoencoder.pt")
     with contextlib.suppress(UserError):                                      # if that is lost, or past: from the start
         trainer.restore(newest(folder, config))
