@@ -162,6 +162,6 @@ def test_the_paper_in_40_lines_learns(paper, velocity):
 def test_every_place_in_the_fidelity_table_exists():
     table = README.read_text().split("## How faithful it is\n")[1].split("\n## ")[0]
     places = re.findall(r"`(\w+\.py): ([\w.]+)`", table)
-    assert len(places) > 20
+    assert len(places) >= 20
     for file, name in places:
         assert re.search(rf"^ *(def|class) {name.split('.')[-1]}\b|^{name} = ", (ROOT / file).read_text(), re.M), name
