@@ -101,8 +101,7 @@ class Config:
     self_condition: float = opt(None, "share of steps that see the network's own first guess (the paper: 0)", least=0)
     schedule: str = opt("cosine", "noise schedule", "cosine", "linear", "exponential")
     zero_terminal_snr: bool = opt(False, "noise all the way: no trace of speech is left at t = 1")
-    min_snr_gamma: float = opt(None, "cap of the loss weight min(SNR, gamma); the less, the less texture counts (the "
-                               "paper: 5)", above=0)
+    min_snr_gamma: float = opt(None, "cap of the weight min(SNR, gamma); less counts texture less (paper: 5)", above=0)
     t_shift: float = opt(None, "train more at high noise, where language is decided: logit(t) plus this (the paper: 0)")
     ctx_drop: float = opt(0.0, "share of training contexts replaced by silence (the paper: none)", least=0)
 
@@ -552,8 +551,7 @@ class MMDiT(nn.Module):
 
 def count(config):
     """Parameters, tokens a window, and FLOPs of training on a window: 2 a multiply-add, backward twice forward, except
-    that nothing is passed back to the input. A first guess costs a forward pass more. `flops_forward` is what it takes
-    to ask the network once when sampling: a step does that once, or twice for guidance."""
+    that nothing is passed back to the input. A first guess costs a forward pass (`flops_forward`) more."""
     d, L, kc = config.width, config.depth, config.patch_size * config.channels
     ctx, gen = config.ctx_frames // config.patch_size, config.gen_frames // config.patch_size
     enter = kc * d * (ctx + gen) + 256 * d                                              # multiply-adds from the input
