@@ -142,9 +142,27 @@ def words_in(clip, language):
     return np.array(best[-1][1], int)
 
 
+def ngrams(toy, n, language=0):
+    """The grammar's exact distribution {n phones: probability}, pauses left out: what endless speech would give."""
+    lang, table = toy.languages[language], {}
+
+    def extend(phones, word, odds):  # grow a stretch of speech word by word until n phones are certain
+        if len(phones) >= n:
+            table[phones[:n]] = table.get(phones[:n], 0) + odds
+            return
+        for following, chance in enumerate(lang.follows[word]):
+            extend(phones + lang.words[following], following, odds * chance)
+
+    for word, odds in enumerate(toy.word_share(language)):
+        for start in range(len(lang.words[word])):
+            extend(lang.words[word][start:], word, odds)
+    total = sum(table.values())
+    return {gram: odds / total for gram, odds in table.items()}
+
+
 def guess_language(toy, clips):
     """The language whose phones make each clip likeliest (B,); -1 for an empty clip."""
-    tables = [toy.ngrams(1, number) for number in range(len(toy.languages))]
+    tables = [ngrams(toy, 1, number) for number in range(len(toy.languages))]
     odds = [[sum(math.log(table.get((SYMBOLS.index(p),), 0) + 1e-3) for p in clip) for table in tables]
             for clip in clips]
     return np.array([np.argmax(row) if clip else -1 for row, clip in zip(odds, clips)])

@@ -101,8 +101,7 @@ class ToySpeech:
         drawn = self.draw_speaker(rng), int(rng.integers(len(self.languages))), int(rng.integers(len(STYLES)))
         speaker, language, style = (d if g is None else g for d, g in zip(drawn, (speaker, language, style)))
         spread, tempo, energy = list(STYLES.values())[style]
-        frames = max(1, round(seconds * RATE / HOP))
-        steps = frames * HOP // STEP
+        steps = max(1, round(seconds * RATE / HOP)) * HOP // STEP
         phones, words, lengths = self._say(rng, self.languages[language], steps, speaker["rate"] * tempo)
         ends = np.minimum(np.cumsum(lengths), steps)
         which = np.searchsorted(ends, np.arange(steps), side="right")  # (steps,) segment under each step
@@ -110,9 +109,8 @@ class ToySpeech:
         f0 = intonate(rng, words[which], speaker["pitch"], spread)
         wave = vocalise(rng, tracks, f0, speaker) * energy
         label = slice(0, None, HOP // STEP)
-        voiced = tracks[label, 3] > 0.1
         return Utterance(wave, phones[which][label].astype(np.uint8), words[which][label].astype(np.int16),
-                         np.where(voiced, f0[label], 0).astype(np.float32), language, style, speaker)
+                         np.where(tracks[label, 3] > 0.1, f0[label], 0).astype(np.float32), language, style, speaker)
 
     @staticmethod
     def draw_speaker(rng):
@@ -145,27 +143,8 @@ class ToySpeech:
 
     def word_share(self, language=0):
         """Stationary word frequencies (V,) of the chain, by power iteration."""
-        share = self.languages[language].frequency
-        for _ in range(200):
-            share = share @ self.languages[language].follows
-        return share
-
-    def ngrams(self, n, language=0):
-        """The grammar's exact distribution {n phones: probability}, pauses left out: what endless speech would give."""
-        lang, table = self.languages[language], {}
-
-        def extend(phones, word, odds):  # grow a stretch of speech word by word until n phones are certain
-            if len(phones) >= n:
-                table[phones[:n]] = table.get(phones[:n], 0) + odds
-                return
-            for following, chance in enumerate(lang.follows[word]):
-                extend(phones + lang.words[following], following, odds * chance)
-
-        for word, odds in enumerate(self.word_share(language)):
-            for start in range(len(lang.words[word])):
-                extend(lang.words[word][start:], word, odds)
-        total = sum(table.values())
-        return {gram: odds / total for gram, odds in table.items()}
+        lang = self.languages[language]
+        return lang.frequency @ np.linalg.matrix_power(lang.follows, 200)
 
 
 def smooth(track, width):
@@ -179,8 +158,7 @@ def articulate(phones, which, ends, lengths, speaker):
     """Segments to smooth tracks (steps, 7): F1 F2 F3, voicing, noise level, noise centre, noise bandwidth."""
     targets = TARGETS[phones[which], :7].copy()
     stop = np.isin(phones[which], STOPS)
-    left = ends[which] - np.arange(len(which))          # steps until the segment ends
-    burst = stop & (left <= np.maximum(4, lengths[which] // 3))
+    burst = stop & (ends[which] - np.arange(len(which)) <= np.maximum(4, lengths[which] // 3))  # before its end
     targets[stop & ~burst, 4] = 0                       # a closure, then a burst; voiced stops hum in the closure
     silent = phones[which] == 0
     if not silent.all():                                # in a pause the tongue waits where it was
@@ -193,8 +171,7 @@ def articulate(phones, which, ends, lengths, speaker):
 def intonate(rng, words, pitch, spread):
     """The melody (steps,) in Hz: an accent on each word and a fall towards each pause, scaled by `spread`."""
     change = np.flatnonzero(np.diff(words, prepend=-2))
-    accent = rng.uniform(-1, 1, len(change))
-    accent[words[change] < 0] = -1.2
+    accent = np.where(words[change] < 0, -1.2, rng.uniform(-1, 1, len(change)))
     runs = np.repeat(accent, np.diff(change, append=len(words)))
     return pitch * 2 ** (0.16 * spread * smooth(runs, 25) + 0.004 * smooth(rng.standard_normal(len(words)), 5))
 
@@ -210,7 +187,6 @@ def vocalise(rng, tracks, f0, speaker):
     strength = np.sqrt(RATE / pitch[at]).astype(np.float32)  # equal power at every pitch
     pulses[at] += strength * (1 - early)
     pulses[at - 1] += strength * early
-    noise = rng.standard_normal(count, dtype=np.float32)
     voice = np.ones((len(f0), len(BINS)), np.float32)
     tract = [3500 * speaker["tract"], 4500 * speaker["tract"], 5500 * speaker["tract"]]
     fixed = np.prod([resonance(BINS, f, 0.06 * f) for f in tract], axis=0).astype(np.float32)
@@ -219,7 +195,8 @@ def vocalise(rng, tracks, f0, speaker):
     voice *= fixed / (1 + (BINS / 900) ** 2) ** 0.25  # lips and glottis together fall off a little
     voice *= tracks[:, 3:4]
     hiss = 0.35 * tracks[:, 4:5] / (1 + ((BINS - tracks[:, 5:6]) / (0.5 * tracks[:, 6:7])) ** 2)
-    spectrum = analyse(pulses) * voice + analyse(noise) * (speaker["breath"] * 0.3 * voice + hiss)
+    noise = analyse(rng.standard_normal(count, dtype=np.float32))
+    spectrum = analyse(pulses) * voice + noise * (speaker["breath"] * 0.3 * voice + hiss)
     return 0.05 * synthesise(spectrum, count)
 
 

@@ -15,7 +15,7 @@ import torch
 import eval_pjsd as judge
 from cdslm import AudioAutoencoder
 from corpus import RATE, UserError, load_audio, log_mel
-from listener import (batched, draw_decided, error_rate, guess_language, load_listener, nearness, spans, speak,
+from listener import (batched, draw_decided, error_rate, guess_language, load_listener, nearness, ngrams, spans, speak,
                       toy_truth, words_in)
 from toyspeech import SYMBOLS, ToySpeech
 
@@ -85,7 +85,7 @@ def estimate_errors(minutes, runs, share):
     for seed in range(runs):
         a, b, row = write(1, minutes, seed), write(2, minutes, seed, share), []
         for n in (1, 2, 3):
-            tables = [toy.ngrams(n, 0), toy.ngrams(n, int(share))]
+            tables = [ngrams(toy, n, 0), ngrams(toy, n, int(share))]
             exact = judge.jsd(*(np.array([table.get(gram, 0) for gram in tables[0] | tables[1]]) for table in tables))
             p, q = judge.tabulate(n, a, b)
             p_all, q_all = p(everything(a)), q(everything(b))

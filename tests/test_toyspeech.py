@@ -5,6 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from listener import ngrams
 from toyspeech import HOP, PHONEMES, RATE, STYLES, SYMBOLS, VERSION, ToySpeech
 
 
@@ -142,7 +143,7 @@ def test_more_words_and_languages():
 
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_ngrams_are_those_of_a_long_text(toy, n):
-    grams = toy.ngrams(n)
+    grams = ngrams(toy, n)
     assert sum(grams.values()) == pytest.approx(1)
     text = spoken(toy, 0, seed=5, words=12_000)
     counted = Counter(zip(*[text[i:] for i in range(n)]))
@@ -154,15 +155,15 @@ def test_ngrams_are_those_of_a_long_text(toy, n):
 def test_ngrams_agree_among_themselves(toy):
     """Leaving out the last phone of three gives the distribution of two."""
     pairs = Counter()
-    for gram, odds in toy.ngrams(3).items():
+    for gram, odds in ngrams(toy, 3).items():
         pairs[gram[:2]] += odds
-    for gram, odds in toy.ngrams(2).items():
+    for gram, odds in ngrams(toy, 2).items():
         assert pairs[gram] == pytest.approx(odds)
 
 
 def test_entropy_is_what_one_more_phone_adds(toy):
     """Within words nothing is left to chance, so longer n-grams approach the chain's entropy from above."""
-    entropy = [-sum(p * np.log2(p) for p in toy.ngrams(n).values()) for n in (4, 5, 6)]
+    entropy = [-sum(p * np.log2(p) for p in ngrams(toy, n).values()) for n in (4, 5, 6)]
     rate = toy.entropy_per_phone()
     assert 0 < rate < entropy[2] - entropy[1] < entropy[1] - entropy[0] < np.log2(14)
     assert entropy[2] - entropy[1] < 1.02 * rate
