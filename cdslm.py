@@ -44,8 +44,10 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from corpus import (DECODER_FFT, FRAME_RATE, HOP, MELS, UserError, griffin_lim, istft, keyed, keyed_noise, lock,
-                    log_mel, open_corpus, pitch, printable, pulses, replacing, save_audio, stft, unmel)
-from devices import compiled, decide, from_rank_0, keep_memory, rank_0_first, ranks, shard, state_dicts, together
+                    log_mel, low_griffin_lim, open_corpus, pitch, printable, pulses, replacing, save_audio, stft,
+                    stft_distance, unmel)
+from devices import (Threads, compiled, decide, from_rank_0, keep_memory, rank_0_first, ranks, shard, state_dicts,
+                     together)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Config. One dial, the depth L: the width is 128 L [paper], heads are 64 wide, and `--size` names a depth with the
@@ -188,8 +190,6 @@ class Config:
 # (Dudley, 1939): a hum at the pitch heard in the frames, and a hiss. For each bin it says how loud, how harmonic, and
 # how much of it hums. A few Griffin-Lim steps, most of them in the lowest bins, then make neighbours agree.
 
-LOW = 60        # bins below 1.2 kHz, where phase matters most, and a step costs a fifteenth
-
 
 class ConvNeXt(nn.Module):
     """(B, C, T) -> (B, C, T): depthwise convolution over time, then an MLP over channels (Liu et al., 2022)."""
@@ -259,16 +259,9 @@ class AudioAutoencoder(nn.Module):
         ripple = hum.abs().clamp(min=1).log() - 3.5                         # large at a harmonic, small between two
         heard = torch.cat([heard, (hertz / 150).log()[..., None], voiced[..., None]], dim=-1)
         with torch.autocast(mel.device.type, dtype, enabled=dtype != torch.float32):
-            loud, comb, hums = self.shape(heard.mT).float().chunk(3, dim=1)  # (B, 601, T) each
+            loud, comb, hums = self.shape(heard.mT.to(self.shape[0].weight.dtype)).float().chunk(3, dim=1)
         magnitude = magnitude * (loud + comb * ripple).clamp(-8, 3).exp()
         return magnitude, hum * (hums + 8 * voiced[:, None] - 3).clamp(-8, 8).exp() + hiss, phase
-
-    def agree(self, magnitude, source):
-        """Magnitudes and a source (B, 601, T) -> (B, 601, T) complex, with phases that agree between frames."""
-        if self.decoder == "griffinlim":
-            return griffin_lim(magnitude, 32, source)
-        low = griffin_lim(magnitude[:, :LOW + 1], 8, source[:, :LOW + 1])[:, :LOW]
-        return griffin_lim(magnitude, 2, torch.cat([low, source[:, LOW:]], dim=1))
 
     def decode(self, frames, piece=1600, margin=64):
         """(B, T, C) frames -> (B, 300 T) samples, in pieces that overlap by `margin` frames: memory stays bounded."""
@@ -283,7 +276,8 @@ class AudioAutoencoder(nn.Module):
             mel = self.to_mel(frames[:, first:last])
             magnitude, source, phase = self.spectrum(mel, noise[:, first * HOP:last * HOP], start - first, turns)
             turns = phase[:, (stop - first) * HOP - 1, None]                # the next piece hums on from here
-            wave = istft(self.agree(magnitude, source))
+            agree = low_griffin_lim if self.decoder == "neural" else griffin_lim
+            wave = istft(agree(magnitude, source))
             waves.append(wave[:, (start - first) * HOP:(stop - first) * HOP])
         return torch.cat(waves, dim=1)
 
@@ -304,62 +298,8 @@ class AudioAutoencoder(nn.Module):
             mel = self.to_mel(self.from_mel(target))
         mel = mel + blur * torch.rand_like(mel[:, :1, :1]) * torch.randn_like(mel)      # generated frames aren't clean
         magnitude, source, _ = self.spectrum(mel, torch.randn_like(wave[:1]), dtype=dtype)
-        guess = istft(griffin_lim(magnitude, 2, source))
-        total = 5 * F.l1_loss(log_mel(guess), target)
-        for fft in (512, 1024, 2048):
-            a, b = (stft(x, fft, fft // 4, fft).abs() for x in (guess, wave))
-            total = total + 3 * (a - b).norm() / b.norm().clamp(min=1e-3)
-            total = total + F.l1_loss((a + 1e-4).log(), (b + 1e-4).log())
-        return total
-
-
-def fit_autoencoder(config, corpus, device):
-    """Set the frame statistics, then train the bottleneck, if there is one, and the decoder; deterministic."""
-    torch.manual_seed(config.seed)
-    model = AudioAutoencoder(config.latent_dim, config.decoder)
-    model.mel_stats.copy_(torch.tensor(corpus.mel_stats()[:2]))
-    model, dtype = model.to(device), decide(config)[1]
-    if config.latent_dim:
-        train_part(model, model.bottleneck_loss, "bottleneck", 4 * config.decoder_steps, config, corpus, dtype)
-        with torch.no_grad():                                               # diffusion expects deviation 1
-            keys = [keyed(config.seed, "latents", i) for i in range(256)]
-            latents = model.from_mel(torch.from_numpy(corpus.windows("mel", "train", keys, 48)).to(device))
-        model.latent_stats.copy_(torch.stack([latents.mean((0, 1)), latents.std((0, 1))]))
-    if config.decoder == "neural":
-        train_part(model, model.decoder_loss, "decoder", config.decoder_steps, config, corpus, dtype)
-    return model.eval().requires_grad_(False)
-
-
-def train_part(model, loss_of, name, steps, config, corpus, dtype):
-    """AdamW under a cosine for the part of the autoencoder that this loss reaches."""
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.8, 0.99), weight_decay=0.01)
-    for step in (bar := tqdm(range(steps), desc=name, unit="step")):
-        keys = [keyed(config.seed, name, step * 16 + i) for i in range(16)]
-        loss = loss_of(torch.from_numpy(corpus.windows("audio", "train", keys, 48)).to(model.mel_stats.device), dtype)
-        decay = 0.02 + 0.98 * math.cos(math.pi / 2 * step / steps) ** 2
-        optimizer.param_groups[0]["lr"] = 4e-3 * min(1, (step + 1) / 20) * decay
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 10)
-        optimizer.step()
-        if step % 10 == 0:
-            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-
-
-def open_autoencoder(config, corpus, device):
-    """The run's autoencoder, trained now if it isn't there yet; kept beside it are a few held-out windows to hear."""
-    path = Path(config.out) / "autoencoder.pt"
-    if not path.exists():
-        model = fit_autoencoder(config, corpus, device)
-        keys = [keyed(0, "example", i) for i in range(8)]
-        examples = corpus.windows("audio", "valid", keys, config.ctx_frames + config.gen_frames)
-        save(path, autoencoder=model.state_dict(), examples=torch.from_numpy(examples * 32767).short())
-    model = AudioAutoencoder(config.latent_dim, config.decoder)
-    try:
-        model.load_state_dict(load(path)["autoencoder"])
-    except RuntimeError:
-        raise UserError(f"{path}: not this run's: of another --latent-dim or --decoder") from None
-    return model.to(device).eval().requires_grad_(False)
+        guess = istft(griffin_lim(magnitude, source, 2))
+        return 5 * F.l1_loss(log_mel(guess), target) + stft_distance(guess, wave)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -429,16 +369,15 @@ class Diffusion:
 # ----------------------------------------------------------------------------------------------------------------------
 # MM-DiT, the two-stream transformer of Stable Diffusion 3 (Esser et al. 2024) [paper]: context and continuation have
 # weights of their own and meet in one bidirectional attention per block; the noise level modulates every normalisation
-# (adaLN-zero, Peebles & Xie 2023). CHOICE: rotary positions that run through both, RMS-normalised queries and keys.
+# (adaLN-zero, Peebles & Xie 2023). CHOICE: rotary positions that run through both, normalised queries and keys.
 
 BASE_DEPTH, BASE_WIDTH = 4, 512  # the size at which learning rates are tuned [paper]
 
 
 def linear(fan_in, fan_out, role, bias=False):
-    """A linear layer that knows its role in the optimiser's table `ROLES`. adaLN and output start at 0, so that a new
-    model says 0; the others keep the variance of what goes through them."""
+    """A linear layer that knows its role in the optimiser's table `ROLES`, and begins as that says."""
     layer = nn.Linear(fan_in, fan_out, bias=bias)
-    nn.init.normal_(layer.weight, std=0 if role in ("adaln", "output") else fan_in ** -0.5)
+    nn.init.normal_(layer.weight, std=ROLES[role][0] * fan_in ** -0.5)
     layer.role = role
     if bias:
         nn.init.zeros_(layer.bias)
@@ -451,21 +390,20 @@ def modulate(x, shift, scale):
 
 
 def turns(tokens, size, device):
-    """Cosines and sines (T, 1, 1, D/2) of the angles by which positions turn heads of size D."""
+    """Cosines and sines (T, D/2) of the angles by which positions turn heads of size D."""
     speed = 10_000 ** -torch.linspace(0, 1, size // 2, device=device)
-    angles = torch.arange(tokens, device=device)[:, None, None, None] * speed
+    angles = torch.arange(tokens, device=device)[:, None] * speed
     return angles.cos(), angles.sin()
 
 
 def rotate(x, cos, sin):
-    """Rotary positions (Su et al. 2021): x (B, T, 2, H, D) with cos, sin (T, 1, 1, D/2)."""
+    """Rotary positions (Su et al. 2021): x (..., T, D) with cos, sin (T, D/2)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
 def attention(q, k, v):
-    """Softmax attention, each (B, H, T, D). On a CPU the fused kernel is 1.5 to 6 times slower than two plain products,
-    backward included (T from 800 to 40)."""
+    """Softmax attention, each (B, H, T, D). On a CPU two plain products are 1.5 to 6 times faster, backward as well."""
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v)
     return (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1).to(v.dtype) @ v
@@ -505,16 +443,16 @@ class Block(nn.Module):
     def forward(self, ctx, gen, c, cos, sin, depth):
         n = ctx.shape[1]
         (heard, ctx_rest), (spoken, gen_rest) = self.ctx.open(ctx, c), self.gen.open(gen, c)
-        qk, v = torch.cat([heard, spoken], dim=1).unflatten(-1, (3, self.heads, -1)).split((2, 1), dim=2)
-        q, k = rotate(F.rms_norm(qk, qk.shape[-1:]), cos, sin).permute(2, 0, 3, 1, 4)          # (B, H, T, D) each
-        attended = attention(q, k, v[:, :, 0].transpose(1, 2)).transpose(1, 2).flatten(2)       # (B, T, d)
-        gen = self.gen.close(gen, attended[:, n:], gen_rest, depth)
-        return None if self.ctx.last else self.ctx.close(ctx, attended[:, :n], ctx_rest, depth), gen
+        parts = [x.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4) for x in (heard, spoken)]
+        qk, v = torch.cat(parts, dim=3).split((2, 1))                          # (2, B, H, T, D), (1, B, H, T, D)
+        attended = attention(*rotate(F.layer_norm(qk, qk.shape[-1:]), cos, sin), v[0]).transpose(1, 2)  # (B, T, H, D)
+        gen = self.gen.close(gen, attended[:, n:].flatten(2), gen_rest, depth)
+        return None if self.ctx.last else self.ctx.close(ctx, attended[:, :n].flatten(2), ctx_rest, depth), gen
 
 
 class MMDiT(nn.Module):
-    """model(xt (B, Tg, C), phi (B,), ctx (B, Tc, C)) -> prediction (B, Tg, C), with Tc and Tg whole numbers of patches;
-    or with an earlier guess of x0, like xt, as a fourth."""
+    """model(xt (B, Tg, C), phi (B,) or (1,), ctx (B, Tc, C)) -> prediction (B, Tg, C), with Tc and Tg whole numbers of
+    patches; or with an earlier guess of x0, like xt, as a fourth."""
 
     def __init__(self, config):
         super().__init__()
@@ -531,11 +469,12 @@ class MMDiT(nn.Module):
     def embed(self, phi):
         """Noise level (B,) -> (B, 1, d): sines and cosines of 128 frequencies, then a small MLP."""
         wave = phi[:, None] * 1000 * 10_000 ** -torch.linspace(0, 1, 128, device=phi.device)
-        return F.silu(self.noise_out(F.silu(self.noise_in(torch.cat([wave.cos(), wave.sin()], dim=-1)))))[:, None]
+        wave = torch.cat([wave.cos(), wave.sin()], dim=-1).to(self.silence.dtype)
+        return F.silu(self.noise_out(F.silu(self.noise_in(wave))))[:, None]
 
     def forward(self, xt, phi, ctx, guess=None):
         def patches(x):
-            return x.unflatten(1, (-1, self.patch)).flatten(2)                 # (B, T, C) -> (B, T/k, k*C)
+            return x.to(self.silence.dtype).unflatten(1, (-1, self.patch)).flatten(2)    # (B, T, C) -> (B, T/k, k*C)
 
         c, ctx, gen = self.embed(phi), self.enter_ctx(patches(ctx)), self.enter_gen(patches(xt))
         if self.enter_guess is not None and guess is not None:
@@ -544,7 +483,7 @@ class MMDiT(nn.Module):
         cos, sin = (x.to(gen.dtype) for x in turns(ctx.shape[1] + gen.shape[1], head, gen.device))
         for block in self.blocks:
             run = functools.partial(checkpoint, block, use_reentrant=False) if self.again else block
-            ctx, gen = run(ctx, gen, c, cos, sin, BASE_DEPTH / len(self.blocks))
+            ctx, gen = run(ctx, gen, c, cos, sin, RESIDUAL(len(self.blocks) / BASE_DEPTH))
         gen = self.leave(modulate(gen, *self.final(c).chunk(2, dim=-1)))
         return gen.unflatten(2, (self.patch, -1)).flatten(1, 2)                # (B, Tg/k, k*C) -> (B, Tg, C)
 
@@ -569,20 +508,28 @@ def count(config):
 # Sampler. From noise at the largest angle to clean frames at 0. Each step asks for x0; steps are the shorter the more
 # noise there is, since language is decided there.
 
+STEPS, CFG = 24, 2.0                          # evaluations a window, and guidance, unless one says otherwise
+GUIDED = math.pi / 4, math.atan(math.exp(2))  # DEVIATION: guided only from log-SNR -4 to 0 (Kynkaanniemi et al. 2024)
+
+
+def levels(config, steps):
+    """The noise levels phi (steps + 1) that a sampler goes through, falling to 0."""
+    top = min(float(Diffusion(config).angle(torch.ones(()))), math.pi / 2)  # float32 rounds pi/2 up
+    return (top * (1 - torch.linspace(0, 1, steps + 1, dtype=torch.float64) ** 2.5)).tolist()
+
+
 @torch.no_grad()
-def sample(model, context, frames=None, steps=48, cfg=1.25, sampler="dpm", seed=0, progress=False):
+def sample(model, context, frames=None, steps=STEPS, cfg=CFG, sampler="dpm", seed=0, progress=False):
     """Continue `context` (B, Tc, C) by `frames` frames, by default one window -> (B, frames, C) on its device.
 
     `cfg` is the guidance, 1 for none. Beyond a window, what was said last is the next context. The noise of item i
     depends on (seed, i) alone."""
     config, speech, frames = model.config, context.float(), frames or model.config.gen_frames
-    top = min(float(Diffusion(config).angle(torch.ones(()))), math.pi / 2)  # float32 rounds pi/2 up
-    angles = (top * (1 - torch.linspace(0, 1, steps + 1, dtype=torch.float64) ** 1.5)).tolist()
     solve, shape = {"dpm": dpm_solver, "ddim": ddim}[sampler], (config.gen_frames, config.channels)
     for window in tqdm(range(-(-frames // config.gen_frames)), desc="speaking", unit="window", disable=not progress):
         predict = functools.partial(guided, model, speech[:, -config.ctx_frames:], cfg)
         noise = [keyed_noise(seed, f"sample {window}", item, shape, speech.device) for item in range(len(speech))]
-        speech = torch.cat([speech, solve(predict, torch.stack(noise), angles)], dim=1)
+        speech = torch.cat([speech, solve(predict, torch.stack(noise), levels(config, steps))], dim=1)
     return speech[:, context.shape[1]:context.shape[1] + frames]
 
 
@@ -590,12 +537,13 @@ def guided(model, ctx, cfg, xt, phi, guess):
     """x0 (B, Tg, C) as the network sees it in xt at noise phi, silent + cfg (heard - silent) (Ho & Salimans 2021):
     `heard` continues ctx and `silent` continues zeroed speech [paper]. Nor does `silent` know the last guess: away from
     a network that knows less there are more words (autoguidance, Karras et al. 2024)."""
-    if cfg != 1:
+    guide = cfg != 1 and GUIDED[0] < phi < GUIDED[1]
+    if guide:
         xt, ctx = xt.repeat(2, 1, 1), torch.cat([ctx, model.silence.expand_as(ctx)])
         guess = guess if guess is None else torch.cat([guess, torch.zeros_like(guess)])
-    level = torch.full((len(xt),), phi, device=xt.device)
-    x0 = Diffusion(model.config).clean(model(xt, level, ctx, guess).float(), xt, level[:, None, None])
-    if cfg == 1:
+    level = torch.full((1,), phi, device=xt.device)                           # the same for all
+    x0 = Diffusion(model.config).clean(model(xt, level, ctx, guess).float(), xt, level)
+    if not guide:
         return x0
     heard, silent = x0.chunk(2)
     return silent + cfg * (heard - silent)
@@ -615,9 +563,9 @@ def dpm_solver(predict, x, angles):
     """DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2): second order, from how x0 changed since the last step. The first
     step (from pure noise, h may be infinite) and the last are of first order."""
     rate = [-math.log(math.tan(phi)) if phi else math.inf for phi in angles]  # half the log-SNR, whose steps are h
-    before = None
+    before = better = None
     for i, (phi, following) in enumerate(zip(angles, angles[1:])):
-        x0 = better = predict(x, phi, before)
+        x0 = better = predict(x, phi, better)
         h = rate[i + 1] - rate[i]
         if before is not None and math.isfinite(h):
             better = x0 + (x0 - before) * h / (2 * (rate[i] - rate[i - 1]))
@@ -628,16 +576,18 @@ def dpm_solver(predict, x, angles):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Optimiser. muP and CompleteP [paper]: what is tuned on the base (L = 4, d = 512) holds at every size, because the
-# learning rate of each role follows the width m = d/512 as in this table, and each residual branch is divided by the
-# depth (in MMDiT.forward). The spectral norm of Muon's updates is fixed: its rate needs no m (Bernstein 2025).
+# learning rate of each role follows the width m = d/512, and all else the depth L/4, as in this table. Roles that begin
+# at 0 have a new model say 0. The spectral norm of Muon's updates is fixed: its rate needs no m (Bernstein 2025).
 
-ROLES = {  # role: (learning rate, weight decay), relative to the base's, as functions of m
-    "input": (lambda m: 1, lambda m: 0),       # from frames or the noise level to the residual stream
-    "hidden": (lambda m: 1 / m, lambda m: m),  # between widths: learning rate times decay stays the same
-    "adaln": (lambda m: 1 / m, lambda m: 0),
-    "output": (lambda m: 1 / m, lambda m: 0),
-    "bias": (lambda m: 1, lambda m: 0),
+ROLES = {  # role: (initial deviation times root of the inputs, learning rate and weight decay relative to the base's)
+    "input": (1, lambda m: 1, lambda m: 0),       # from frames or the noise level to the residual stream
+    "hidden": (1, lambda m: 1 / m, lambda m: m),  # between widths: learning rate times decay stays the same
+    "adaln": (0, lambda m: 1 / m, lambda m: 0),
+    "output": (0, lambda m: 1 / m, lambda m: 0),
+    "bias": (0, lambda m: 1, lambda m: 0),
 }
+RESIDUAL = lambda depth: 1 / depth                # what each branch is multiplied by; all roles have AdamW's
+EPSILON = lambda m, depth: 1e-8 / (m * depth)     # epsilon in common: gradients shrink with the branches
 
 
 def role(model, name):
@@ -653,8 +603,8 @@ def make_optimizers(model, config):
         roles[role(model, name)].append(parameter)
     matrices = roles.pop("hidden") if config.optimizer == "muon" and hasattr(torch.optim, "Muon") else []  # torch 2.9
     groups = [dict(params=parameters, lr=config.lr * rate(m), weight_decay=config.weight_decay * decay(m))
-              for role, parameters in roles.items() for rate, decay in [ROLES[role]]]
-    epsilon = 1e-8 / m * BASE_DEPTH / config.depth  # gradients shrink with the residual branches
+              for role, parameters in roles.items() for _, rate, decay in [ROLES[role]]]
+    epsilon = EPSILON(m, config.depth / BASE_DEPTH)
     optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=epsilon, fused=not next(model.parameters()).is_meta)]
     if matrices:
         decay = config.weight_decay * config.lr / config.muon_lr
@@ -691,12 +641,12 @@ def save(path, **contents):
         torch.save({"format": "cdslm 1", **contents}, temporary)
 
 
-def load(path):
-    """What `save` wrote. Raises UserError if the file is damaged, or not ours."""
+def load(path, mmap=False):
+    """What `save` wrote; `mmap` reads only what is used. Raises UserError if the file is damaged, or not ours."""
     try:
         with zipfile.ZipFile(path) as file:
             flipped = file.testzip()                                          # torch does not look at the checksums
-        contents = torch.load(path, map_location="cpu", weights_only=True)
+        contents = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         if contents.get("format") == "cdslm 1" and not flipped:
             return contents
     except FileNotFoundError:
@@ -715,7 +665,7 @@ def newest(folder, config=None):
         print(f"warning: {folder}/checkpoint.pt is missing; trying {names[0]}")
     for name in names:
         try:
-            seen.append(found := load(folder / name))
+            seen.append(found := load(folder / name, mmap=config is None))
         except UserError as error:
             print(f"warning: {error}; trying the one before")
             seen.append(None)
@@ -774,8 +724,9 @@ def write_config(folder, config):
 
 
 def load_run(folder, device="cpu"):
-    """A run folder -> config, model (averaged weights) and autoencoder, ready to speak. Needs no training data."""
+    """A run folder -> config, model (averaged weights, in bf16 where hardware has it) and autoencoder, to speak."""
     folder, config = Path(folder), read_config(folder)
+    device, dtype = decide(dataclasses.replace(config, device=str(device)))
     if (checkpoint := newest(folder)) is None:
         raise UserError(f"{folder}: no checkpoint yet")
     model, autoencoder = MMDiT(config), AudioAutoencoder(config.latent_dim, config.decoder)
@@ -784,14 +735,67 @@ def load_run(folder, device="cpu"):
         autoencoder.load_state_dict(load(folder / "autoencoder.pt")["autoencoder"])
     except (RuntimeError, KeyError):
         raise UserError(f"{folder}: its checkpoints do not match its config.json") from None
-    return config, model.to(device).eval().requires_grad_(False), autoencoder.to(device).eval().requires_grad_(False)
+    model, autoencoder = model.to(device, dtype), autoencoder.to(device)
+    if config.decoder == "neural":
+        autoencoder.shape.to(dtype)
+    return config, model.eval().requires_grad_(False), autoencoder.eval().requires_grad_(False)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Training. What a step does depends on the weights and on the step's number alone: see `keyed`. Under torchrun
-# this program runs once a device, as so many ranks: each takes its share of every batch, and rank 0 writes.
+# Training: of the autoencoder, in a minute, then of the network. What a step does depends on the weights and on the
+# step's number alone: see `keyed`. Under torchrun this program runs once a device, as so many ranks: each takes its
+# share of every batch, and rank 0 writes.
 
 ANGLES = [math.pi / 2 * (i + 0.5) / 10 for i in range(10)]  # where validation looks, whatever schedule is trained
+
+
+def fit_autoencoder(config, corpus, device):
+    """Set the frame statistics, then train the bottleneck, if there is one, and the decoder; deterministic."""
+    torch.manual_seed(config.seed)
+    model = AudioAutoencoder(config.latent_dim, config.decoder)
+    model.mel_stats.copy_(torch.tensor(corpus.mel_stats()[:2]))
+    model, dtype = model.to(device), decide(config)[1]
+    if config.latent_dim:
+        train_part(model, model.bottleneck_loss, "bottleneck", 4 * config.decoder_steps, config, corpus, dtype)
+        with torch.no_grad():                                               # diffusion expects deviation 1
+            keys = [keyed(config.seed, "latents", i) for i in range(256)]
+            latents = model.from_mel(torch.from_numpy(corpus.windows("mel", "train", keys, 48)).to(device))
+        model.latent_stats.copy_(torch.stack([latents.mean((0, 1)), latents.std((0, 1))]))
+    if config.decoder == "neural":
+        train_part(model, model.decoder_loss, "decoder", config.decoder_steps, config, corpus, dtype)
+    return model.eval().requires_grad_(False)
+
+
+def train_part(model, loss_of, name, steps, config, corpus, dtype):
+    """AdamW under a cosine for the part of the autoencoder that this loss reaches."""
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.8, 0.99), weight_decay=0.01)
+    for step in (bar := tqdm(range(steps), desc=name, unit="step")):
+        keys = [keyed(config.seed, name, step * 16 + i) for i in range(16)]
+        loss = loss_of(torch.from_numpy(corpus.windows("audio", "train", keys, 48)).to(model.mel_stats.device), dtype)
+        decay = 0.02 + 0.98 * math.cos(math.pi / 2 * step / steps) ** 2
+        optimizer.param_groups[0]["lr"] = 4e-3 * min(1, (step + 1) / 20) * decay
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 10)
+        optimizer.step()
+        if step % 10 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+
+
+def open_autoencoder(config, corpus, device):
+    """The run's autoencoder, trained now if it isn't there yet; kept beside it are a few held-out windows to hear."""
+    path = Path(config.out) / "autoencoder.pt"
+    if not path.exists():
+        model = fit_autoencoder(config, corpus, device)
+        keys = [keyed(0, "example", i) for i in range(8)]
+        examples = corpus.windows("audio", "valid", keys, config.ctx_frames + config.gen_frames)
+        save(path, autoencoder=model.state_dict(), examples=torch.from_numpy(examples * 32767).short())
+    model = AudioAutoencoder(config.latent_dim, config.decoder)
+    try:
+        model.load_state_dict(load(path)["autoencoder"])
+    except RuntimeError:
+        raise UserError(f"{path}: not this run's: of another --latent-dim or --decoder") from None
+    return model.to(device).eval().requires_grad_(False)
 
 
 class Trainer:
@@ -959,7 +963,7 @@ def train(config):
     device, dtype = decide(config)
     plan.afford(config, device, dtype)
     with together(config) as rank, contextlib.nullcontext() if rank else claim(config):
-        usual = plan.announce(config, device, dtype)                          # seconds a step
+        threads = Threads(plan.announce(config, device, dtype))
         with rank_0_first():                                                  # it makes what the others then find
             corpus = open_corpus(config)
             if rank == 0 and not (Path(config.out) / "config.json").exists():
@@ -967,17 +971,17 @@ def train(config):
             autoencoder = open_autoencoder(config, corpus, device)
         trainer = Trainer(config, corpus, autoencoder, device, dtype)
         with interruptible() as trainer.signals:
-            learn(trainer, Path(config.out), usual)
+            learn(trainer, Path(config.out), threads)
         if trainer.stopped:
             print(f"stopped after step {trainer.done}; the same command goes on from there")
             raise SystemExit(128 + (trainer.signals or [signal.SIGTERM])[0])
         if not rank:
+            del trainer                                                       # whose memory may be needed
             listen(config.out, device)
 
 
-def learn(trainer, folder, usual=None):
-    """The loop: steps, a line of log.jsonl for each, and now and then a validation and a checkpoint. Steps that take
-    far longer than the `usual` seconds are worth a hint."""
+def learn(trainer, folder, threads):
+    """The loop: steps, a line of log.jsonl for each, and now and then a validation and a checkpoint."""
     config, rate = trainer.config, trainer.config.batch_size * (trainer.config.ctx_frames + trainer.config.gen_frames)
     trainer.restore(None if trainer.rank else newest(folder, config))
     if trainer.done:
@@ -985,7 +989,7 @@ def learn(trainer, folder, usual=None):
     if trainer.rank == 0:
         write_config(folder, config)
         trim_log(folder / "log.jsonl", trainer.done)
-    first, shown, slow = trainer.done, {}, 0
+    first, shown = trainer.done, {}
 
     def keep(name):                                                           # what is saved is in the log already
         if trainer.rank == 0:
@@ -1001,11 +1005,7 @@ def learn(trainer, folder, usual=None):
                 keep("trunk.pt")                                              # a longer run will go on from here
             started = time.perf_counter()
             row = trainer.step()
-            slow = slow + 1 if usual and time.perf_counter() - started > 4 * usual else 0
-            if slow == 20:
-                tqdm.write("steps take over 4 times as long as they could: something else keeps the processors busy, "
-                           "and threads wait for one another.\nUnless it ends soon, stop (Ctrl-C) and go on with "
-                           "fewer: put OMP_NUM_THREADS=1 before the same command", file=sys.stderr)
+            threads.suit(time.perf_counter() - started)
             row["frames/s"] = (trainer.done - first) * rate / (time.perf_counter() - begun)
             due = trainer.done == config.steps or trainer.done % config.eval_every == 0
             if due:

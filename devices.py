@@ -15,6 +15,7 @@ import warnings
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from corpus import UserError, reason
 
@@ -43,6 +44,13 @@ def ranks():
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
+def check_division(config, count):
+    """Raises UserError if a batch can't be divided over so many devices."""
+    if config.batch_size % (count * (config.micro_batch or 1)):
+        raise UserError(f"--batch-size {config.batch_size} must divide evenly over {count} devices and forward passes "
+                        f"of {config.micro_batch or 1} windows")
+
+
 @contextlib.contextmanager
 def together(config):
     """Under torchrun, in touch with the other ranks. If one of them is lost, the others soon stop with a UserError."""
@@ -51,9 +59,7 @@ def together(config):
         raise UserError("--parallel fsdp is for many devices: torchrun --nproc_per_node=8 cdslm.py --parallel fsdp ...")
     if config.parallel == "fsdp" and config.optimizer == "muon":
         raise UserError("--parallel fsdp needs --optimizer adamw: Muon updates whole matrices, not shards of them")
-    if config.batch_size % (count * (config.micro_batch or 1)):
-        raise UserError(f"--batch-size {config.batch_size} must divide evenly over {count} devices and forward passes "
-                        f"of {config.micro_batch or 1} windows")
+    check_division(config, count)
     if not launched:
         yield rank
         return
@@ -114,6 +120,32 @@ def compiled(network, device):
     except Exception as error:  # each platform and compiler has its own
         print(f"--compile does not work here ({reason(error)}); going on without")
         return network
+
+
+class Threads:
+    """How many threads a step runs on. Where another program keeps a processor busy, all of them wait for the one that
+    has to share it, and a step takes four to five times as long: one thread fewer is then faster."""
+
+    def __init__(self, fewer):
+        """`fewer`: seconds that a step takes with one thread fewer."""
+        self.all, self.fewer, self.count, self.told = torch.get_num_threads(), fewer, 0, False
+
+    def suit(self, seconds):
+        """Set the threads of the next step, told what the last one took. After 100 with one fewer all are tried."""
+        if torch.get_num_threads() < self.all:
+            self.count += 1
+            if self.count == 100:
+                torch.set_num_threads(self.all)
+                self.count = 4
+            return
+        self.count = self.count + 1 if seconds > 1.2 * self.fewer and self.all > 1 else 0
+        if self.count == 5:
+            torch.set_num_threads(self.all - 1)
+            self.count = 0
+            if not self.told:
+                tqdm.write(f"another program keeps a processor busy: going on with {self.all - 1} of {self.all} "
+                           "threads until it is free", file=sys.stderr)
+            self.told = True
 
 
 def keep_memory():

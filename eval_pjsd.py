@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from cdslm import Parser, cli, decide, guided, load_run, read_config, sample
+from cdslm import CFG, STEPS, Parser, cli, guided, load_run, read_config, sample
 from corpus import (AUDIO_FILES, FRAME_RATE, HOP, RATE, UserError, load_audio, log_mel, open_corpus, reason, replacing,
                     resample)
 from listener import batched, decided, draw_decided, error_rate, load_listener, speak, toy_truth
@@ -234,8 +234,7 @@ def windows(corpus, split, frames, count):
 
 def judge_run(arguments):
     """The report on a run: it continues held-out contexts, and what it says is judged beside the true continuations."""
-    device, dtype = decide(read_config(arguments.run))
-    config, model, autoencoder = load_run(arguments.run, device)
+    config, model, autoencoder = load_run(arguments.run, read_config(arguments.run).device)
     corpus, n, m = open_corpus(config), config.ctx_frames, config.gen_frames
     count = max(1, round(arguments.minutes * 60 * FRAME_RATE / m))
     toy = ToySpeech(config.toy_languages, config.toy_words) if config.data == "toy" else None
@@ -249,14 +248,10 @@ def judge_run(arguments):
         phones, waves = recogniser(name), windows(corpus, "valid", n + m, count)
         hear = lambda x: {"clips": [phones(wave, RATE) for wave in tqdm(x, desc="listening", unit="clip", leave=False)]}
     sound = lambda x: batched(lambda part: autoencoder.decode(part).cpu(), x, "decoding")
-
-    def network(work, x, desc=None):
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            return batched(work, x, desc, size=32).float()
-
-    frames, seeds = batched(lambda part: autoencoder.encode(part.to(device)), waves), itertools.count()
-    speech = network(lambda part: sample(model, part, steps=arguments.steps, cfg=arguments.cfg, seed=next(seeds)),
-                     frames[:, :n], "speaking")
+    device, seeds = autoencoder.mel_stats.device, itertools.count()
+    frames = batched(lambda part: autoencoder.encode(part.to(device)), waves)
+    speech = batched(lambda part: sample(model, part, steps=arguments.steps, cfg=arguments.cfg, seed=next(seeds)),
+                     frames[:, :n], "speaking", size=32)
     started = time.perf_counter()
     reference = speak(toy, REFERENCE, 3 * count, m, "reference")[0] if toy else windows(corpus, "train", m, 3 * count)
     sides = sound(speech), reference, waves[:, n * HOP:]
@@ -270,7 +265,7 @@ def judge_run(arguments):
     if arguments.decided:
         def predict(xt, phi):
             pairs = torch.cat([frames[:, :n], xt], dim=1)
-            x0 = network(lambda part: guided(model, part[:, :n], 1, part[:, n:], phi, None), pairs)
+            x0 = batched(lambda part: guided(model, part[:, :n], 1, part[:, n:], phi, None), pairs, size=32)
             return autoencoder.to_mel(x0) * autoencoder.mel_stats[1] + autoencoder.mel_stats[0]
         report["decided"] = decided(predict, listener, toy, frames[:, n:], spoken)
     return report | {"seconds": time.perf_counter() - started}
@@ -317,8 +312,8 @@ def parse(argv=None):
     parser.add_argument("--reference", help="with --generated: a folder of real speech")
     parser.add_argument("--recognizer", help="toy, hama (English), hf:MODEL, text (.txt files) [hama; toy runs: toy]")
     parser.add_argument("--minutes", type=float, default=10.0, help="minutes of speech that a run is to speak [10]")
-    parser.add_argument("--cfg", type=float, default=1.25, help="its guidance [1.25]")
-    parser.add_argument("--steps", type=int, default=48, help="its evaluations of the network [48]")
+    parser.add_argument("--cfg", type=float, default=CFG, help="its guidance [2]")
+    parser.add_argument("--steps", type=int, default=STEPS, help="its evaluations of the network [24]")
     parser.add_argument("--decided", action="store_true", help="toy: what is decided when? Draws RUN/decided.png")
     parser.add_argument("--json", type=Path, help="where to keep the report [a run: RUN/judged.json]")
     arguments = parser.parse_args(argv)

@@ -7,14 +7,17 @@ Imported by `cdslm.py` when it is needed.
 """
 import itertools
 import json
+import math
 import os
 import time
 
 import torch
 import torch.distributed as dist
 
-from cdslm import AudioAutoencoder, Diffusion, MMDiT, count, decide, make_optimizers, ranks, role
+from cdslm import (GUIDED, STEPS, AudioAutoencoder, Diffusion, MMDiT, count, decide, levels, make_optimizers, ranks,
+                   role)
 from corpus import HOP, UserError
+from devices import check_division
 
 KEPT = {torch.float32: 92, torch.bfloat16: 58}  # bytes that a token leaves in a block for the backward pass, over d
 
@@ -65,14 +68,16 @@ def afford(config, device, dtype):
 def dry_run(config):
     """Say what a run would be, without data and without allocating it."""
     (device, dtype), size, devices = decide(config), count(config), max(1, config.devices)
+    check_division(config, devices)
     if config.devices:
         device, dtype = torch.device("cuda"), torch.float32 if config.dtype == "fp32" else torch.bfloat16
     tokens, windows = size["tokens"] * config.batch_size, config.batch_size * config.steps
+    evaluations = sum(1 + (GUIDED[0] < phi < GUIDED[1]) for phi in levels(config, STEPS)[:-1])
     facts = {"size": config.size, "device": str(device), "dtype": str(dtype)[6:], "parameters": size["parameters"],
              "ctx_frames": config.ctx_frames, "gen_frames": config.gen_frames, "tokens_per_step": tokens,
              "flops_per_step": size["flops"] * config.batch_size, "tokens": tokens * config.steps,
              "flops": size["flops"] * windows, "6ND": 6 * size["parameters"] * tokens * config.steps,
-             "flops_per_window_spoken": 2 * 48 * size["flops_forward"],     # the sampler's steps, with guidance
+             "flops_per_window_spoken": evaluations * size["flops_forward"],
              "devices": devices, "days": size["flops"] * windows / (devices * config.tflops * 1e12) / 86400}
     facts |= {f"GiB: {name}": value for name, value in memory(config, devices, device, dtype).items()}
     lines = [f"{name:>40}  {value:.3g}" if isinstance(value, float) else f"{name:>40}  {value}"
@@ -92,7 +97,8 @@ def print_params(config):
 
 
 def forecast(config, device, dtype):
-    """Seconds that (a decoder step, a training step) take here, from a few steps of each that leave nothing behind."""
+    """Seconds that (a decoder step, a training step, one with a thread fewer) take here, from a few steps of each that
+    leave nothing behind."""
     autoencoder, model = AudioAutoencoder(config.latent_dim, config.decoder).to(device), MMDiT(config).to(device)
     optimizers, diffusion = make_optimizers(model, config), Diffusion(config)
     micro, wave = config.micro_batch or config.batch_size, torch.randn(16, 48 * HOP, device=device)
@@ -109,19 +115,24 @@ def forecast(config, device, dtype):
         for optimizer in optimizers:
             optimizer.step()
 
-    fastest = []
-    for step in [decoder_step] * (config.decoder == "neural") + [training_step]:
+    def fastest(step):
         times = [time.perf_counter()]
         for _ in range(4):
             step()
             torch.zeros(1, device=device).item()                              # a GPU is not done when it has its orders
             times.append(time.perf_counter())
-        fastest.append(min(b - a for a, b in itertools.pairwise(times)))
-    return fastest[-1], sum(fastest[:-1])
+        return min(b - a for a, b in itertools.pairwise(times))
+
+    threads = torch.get_num_threads()
+    seconds = fastest(decoder_step) if config.decoder == "neural" else 0, fastest(training_step)
+    torch.set_num_threads(max(1, threads - 1))
+    fewer = fastest(training_step) if threads > 1 and device.type == "cpu" else seconds[1]
+    torch.set_num_threads(threads)
+    return *seconds, fewer
 
 
 def announce(config, device, dtype):
-    """Say what will be done, and how long it takes; returns the seconds of a step, unless there are many ranks."""
+    """Say what will be done, and how long it takes; returns the seconds of a step with one thread fewer."""
     size = count(config)
     print(f"{config.size}: {size['parameters'] / 1e6:.2f} M parameters on {device} in {str(dtype)[6:]}; "
           f"{config.steps} steps of {config.batch_size} windows of {size['tokens']} tokens, "
@@ -130,9 +141,10 @@ def announce(config, device, dtype):
         print("this torch has no Muon, as 2.9 has: AdamW turns the hidden matrices too")
     if dist.is_initialized():
         print(f"{ranks()[1]} ranks, each with {'a shard' if config.parallel == 'fsdp' else 'a copy'} of the model")
-        return
-    step, decoder_step = forecast(config, device, dtype)
+        return math.inf
+    decoder_step, *steps = forecast(config, device, dtype)
+    step = min(steps)
     print(f"about {decoder_step * config.decoder_steps / 60:.1f} min for the decoder and "
           f"{step * config.steps / 60:.1f} min of training ({step:.3f} s a step), less what is done already; in a "
           f"hurry: --steps {max(1, config.steps // 10)} --decoder griffinlim --out out/quick")
-    return step
+    return steps[1] if device.type == "cpu" else math.inf

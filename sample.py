@@ -21,7 +21,7 @@ from urllib.parse import quote
 import torch
 import torch.nn.functional as F
 
-from cdslm import Config, Parser, UserError, cli, count, decide, load, load_run, sample
+from cdslm import CFG, STEPS, Config, Parser, UserError, cli, count, load, load_run, sample
 from corpus import FRAME_RATE, HOP, RATE, load_audio, log_mel, read_audio, replacing, save_audio
 
 SILENT = 1e-3  # a prompt that never gets louder than -60 dBFS says nothing
@@ -34,8 +34,8 @@ def parse(argv=None):
     parser.add_argument("--prompt", help="a recording to continue, or 'none' for silence; held-out contexts by default")
     parser.add_argument("--seconds", type=float, help="seconds to speak [what it was trained to speak in one go]")
     parser.add_argument("--num", type=int, help="how many continuations [1; 4 without --prompt]")
-    parser.add_argument("--cfg", type=float, default=1.25, help="guidance: 1 none; more, closer to the context [1.25]")
-    parser.add_argument("--steps", type=int, default=48, help="evaluations of the network a window [48]")
+    parser.add_argument("--cfg", type=float, default=CFG, help="guidance: 1 none; more, closer to the context [2]")
+    parser.add_argument("--steps", type=int, default=STEPS, help="evaluations of the network a window [24]")
     parser.add_argument("--sampler", default="dpm", choices=("dpm", "ddim"), help="DPM-Solver++(2M) or DDIM [dpm]")
     parser.add_argument("--seed", type=int, default=0, help="another seed, another continuation [0]")
     parser.add_argument("--device", default="auto", help="cuda, mps, cpu; auto takes the first there is")
@@ -52,7 +52,7 @@ def parse(argv=None):
     return arguments
 
 
-def contexts(arguments, config, autoencoder, device):
+def contexts(arguments, config, autoencoder):
     """What to continue: frames (num, T, C) with T at least the model's context; the last of them are what it hears."""
     need = config.ctx_frames
     if arguments.prompt is None:
@@ -67,7 +67,7 @@ def contexts(arguments, config, autoencoder, device):
             print(f"{arguments.prompt} has {len(wave) / RATE:.1f} s: silence before it makes {need / FRAME_RATE:g} s")
         wave = F.pad(wave, (max(0, need * HOP - len(wave)), 0))
         waves = wave[len(wave) % HOP:].repeat(arguments.num, 1)
-    return autoencoder.encode(waves.to(device))
+    return autoencoder.encode(waves.to(autoencoder.mel_stats.device))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -178,14 +178,11 @@ said it. {hint}{body}""", encoding="utf-8", errors="replace")
 
 def main():
     arguments = parse()
-    folder, (config, model, autoencoder) = Path(arguments.run), load_run(arguments.run)
-    device, dtype = decide(dataclasses.replace(config, device=arguments.device))
-    model, autoencoder = model.to(device), autoencoder.to(device)
-    frames = contexts(arguments, config, autoencoder, device)
+    folder, (config, model, autoencoder) = Path(arguments.run), load_run(arguments.run, arguments.device)
+    frames = contexts(arguments, config, autoencoder)
     more = config.gen_frames if arguments.seconds is None else max(1, round(arguments.seconds * FRAME_RATE))
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        spoken = sample(model, frames[:, -config.ctx_frames:], more, arguments.steps, arguments.cfg, arguments.sampler,
-                        arguments.seed, progress=True)
+    spoken = sample(model, frames[:, -config.ctx_frames:], more, arguments.steps, arguments.cfg, arguments.sampler,
+                    arguments.seed, progress=True)
     waves = autoencoder.decode(torch.cat([frames, spoken], dim=1))
     path = arguments.out or folder / "continued.wav"
     files = [path.with_stem(f"{path.stem}-{i}") for i in range(1, arguments.num + 1)] if arguments.num > 1 else [path]

@@ -140,7 +140,7 @@ def to_do(arguments, base, device, dtype):
     runs, speed, trunk, work = plan(arguments, base), {}, {}, []
     for size, budget, config in runs:
         if size not in speed:
-            speed[size] = forecast(config, device, dtype)[0]
+            speed[size] = forecast(config, device, dtype)[1]
         if (size, budget, config.seed) not in done:
             work.append((size, budget, config, trunk.get(config.out, 0), speed[size]))
         trunk[config.out] = decay_start(config.steps)

@@ -202,8 +202,7 @@ def bench_sampling(quick, run):
     reference = listener.hear(batched(log_mel, speak(toy, REFERENCE, 3 * count, m, "reference")[0]))["clips"]
 
     def frames(sampler, steps, cfg):
-        with torch.autocast("cpu", torch.bfloat16, enabled=decide(config)[1] == torch.bfloat16):
-            return batched(lambda part: sample(model, part, steps=steps, cfg=cfg, sampler=sampler), context, size=32)
+        return batched(lambda part: sample(model, part, steps=steps, cfg=cfg, sampler=sampler), context, size=32)
 
     def heard(x0):
         mel = autoencoder.to_mel(x0) * autoencoder.mel_stats[1] + autoencoder.mel_stats[0]
@@ -249,9 +248,7 @@ def bench_speed(quick, run):
     seconds = len(context) * config.gen_frames / FRAME_RATE
 
     def speak(cfg, steps):
-        with torch.autocast("cpu", torch.bfloat16, enabled=decide(config)[1] == torch.bfloat16):
-            speech = sample(model, context, steps=4 if quick else steps, cfg=cfg)
-        autoencoder.decode(torch.cat([context, speech], dim=1))
+        autoencoder.decode(sample(model, context, steps=4 if quick else steps, cfg=cfg))
 
     work = {f"{steps} evaluations, --cfg {cfg}": lambda cfg=cfg, steps=steps: speak(cfg, steps)
             for steps in (24, 48) for cfg in (1, 1.25)}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from cdslm import AudioAutoencoder, Config, fit_autoencoder, open_autoencoder
+from cdslm import AudioAutoencoder, Config, decide, fit_autoencoder, open_autoencoder
 from corpus import DECODER_FFT, HOP, MELS, RATE, UserError, griffin_lim, istft, keyed, log_mel, open_corpus, stft, unmel
 
 REAL = Path(__file__).parents[2] / "shared/data/fsdd"
@@ -157,7 +157,7 @@ def by_griffin_lim(iterations):
     def decode(mel):
         magnitude = unmel(mel)
         turns = torch.rand(magnitude.shape, generator=torch.Generator().manual_seed(0))
-        return istft(griffin_lim(magnitude, iterations, torch.polar(torch.ones_like(turns), 2 * torch.pi * turns)))
+        return istft(griffin_lim(magnitude, torch.polar(torch.ones_like(turns), 2 * torch.pi * turns), iterations))
     return decode
 
 
@@ -189,12 +189,13 @@ def test_decoder_beats_griffin_lim(data):
     corpus = open_corpus(config := Config(data=str(data), toy_hours=1.0))
     waves, started = held_out(corpus), time.perf_counter()
     model = fit_autoencoder(config, corpus, CPU)
+    model.shape.to(decide(config)[1])                     # as it is loaded
     print(f"\n{config.decoder_steps} steps in {time.perf_counter() - started:.0f} s")
     theirs, _ = (judge(f"Griffin-Lim {n}", by_griffin_lim(n), waves) for n in (32, 100))
     ours = judge("learned decoder", lambda mel: model.decode(model.from_mel(mel)), waves)
     assert ours["pesq"] >= theirs["pesq"]
     assert ours["mrstft"] <= 0.9 * theirs["mrstft"] and ours["mel"] <= 0.9 * theirs["mel"]
-    assert ours["real time"] >= 4 * theirs["real time"]
+    assert ours["real time"] >= 5 * theirs["real time"]
     frames = model.encode(waves)
     assert (model.decode(frames) - model.decode(frames, piece=100)).abs().max() < 1e-4
     noise = torch.randn(log_mel(waves).shape, generator=torch.Generator().manual_seed(3))

@@ -52,8 +52,8 @@ def test_its_first_loss_is_the_weight_itself(shapes, predict):
 def test_a_new_block_lets_everything_through(shapes):
     config, *_ = shapes(depth=2)
     ctx, gen = torch.randn(2, 4, 64), torch.randn(2, 8, 64)
-    heard, spoken = MMDiT(config).blocks[0](ctx, gen, torch.randn(2, 1, 64), torch.ones(12, 1, 1, 32),
-                                            torch.zeros(12, 1, 1, 32), 1.0)
+    heard, spoken = MMDiT(config).blocks[0](ctx, gen, torch.randn(2, 1, 64), torch.ones(12, 32),
+                                            torch.zeros(12, 32), 1.0)
     assert torch.equal(heard, ctx) and torch.equal(spoken, gen)
 
 

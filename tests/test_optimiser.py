@@ -164,5 +164,5 @@ def test_activations_are_as_large_at_every_size(small, over, optimizer):
 @pytest.mark.slow
 def test_with_one_learning_rate_for_every_width_they_are_not(small, monkeypatch):
     """The check can fail."""
-    monkeypatch.setattr(cdslm, "ROLES", {name: (lambda m: 1, decay) for name, (_, decay) in ROLES.items()})
+    monkeypatch.setattr(cdslm, "ROLES", {name: (init, lambda m: 1, decay) for name, (init, _, decay) in ROLES.items()})
     assert spread(small, "width", "adamw") > 2

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import cdslm
 from cdslm import MMDiT, sample
 from tests.test_model import awake
 
@@ -45,10 +46,10 @@ zero_or_not = pytest.mark.parametrize("zero", [False, True])
 
 @every_kind
 @zero_or_not
-def test_dpm_is_closer_than_ddim_at_16_steps(small, predict, zero):
+def test_dpm_is_closer_than_ddim_at_48_steps(small, predict, zero):
     config = small(predict=predict, zero_terminal_snr=zero)
-    dpm, ddim = (error(config, 16, sampler) for sampler in ("dpm", "ddim"))
-    assert dpm < 0.6 * ddim and dpm < 0.13
+    dpm, ddim = (error(config, 48, sampler) for sampler in ("dpm", "ddim"))
+    assert dpm < 0.3 * ddim and dpm < 0.03
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "exponential"])
@@ -56,17 +57,17 @@ def test_dpm_is_closer_than_ddim_at_16_steps(small, predict, zero):
 @zero_or_not
 def test_both_samplers_recover_the_gaussian(small, schedule, sampler, zero):
     config = small(schedule=schedule, zero_terminal_snr=zero, gen_seconds=2.0)
-    assert error(config, 200, sampler) < 0.022
+    assert error(config, 200, sampler) < 0.035
     got = sample(Oracle(config), silence_for(config, 4), steps=200, cfg=1, sampler=sampler)
     assert got.mean().item() == pytest.approx(MEAN, abs=0.01)
     assert got.std().item() == pytest.approx(SPREAD, abs=0.01)
 
 
-def test_ddim_is_of_first_order_and_dpm_of_second(small):
-    """Four times the steps: a quarter of the error, and less than an eighth."""
+def test_ddim_is_of_first_order_and_dpm_of_a_higher(small):
+    """Four times the steps: a quarter of the error, and less than a fifth."""
     ddim, dpm = ([error(small(), steps, sampler) for steps in (160, 640)] for sampler in ("ddim", "dpm"))
     assert 3.5 < ddim[0] / ddim[1] < 4.5
-    assert dpm[0] / dpm[1] > 8
+    assert dpm[0] / dpm[1] > 5
 
 
 @pytest.mark.parametrize("sampler", ["dpm", "ddim"])
@@ -113,14 +114,28 @@ def test_guidance_1_is_the_model_itself(model, context):
     assert (sample(model, context, steps=4, cfg=3) - alone).abs().max() > 1e-2
 
 
-def test_guidance_0_hears_silence_alone(small, context):
+@pytest.fixture
+def everywhere(monkeypatch):
+    monkeypatch.setattr(cdslm, "GUIDED", (0, math.pi))
+
+
+def test_guidance_is_in_the_middle_only(small, context):
+    """Each evaluation between log-SNR -4 and 0 hears silence as well, no other does."""
+    oracle = Oracle(small())
+    sample(oracle, context, steps=24, cfg=2)
+    log_snr = torch.stack([-2 * call.phi.tan().log()[0] for call in oracle.calls])
+    guided = torch.tensor([len(call.xt) == 2 * len(context) for call in oracle.calls])
+    assert torch.equal(guided, (log_snr > -4) & (log_snr < 0)) and guided.sum() == 10
+
+
+def test_guidance_0_hears_silence_alone(small, context, everywhere):
     model = awake(small(predict="v", self_condition=0)).eval()
     model.silence.normal_()
     silent = model.silence.expand_as(context)
     assert torch.allclose(sample(model, context, steps=4, cfg=0), sample(model, silent, steps=4, cfg=1), atol=1e-4)
 
 
-def test_guidance_is_one_batch_of_heard_and_silent(small, context):
+def test_guidance_is_one_batch_of_heard_and_silent(small, context, everywhere):
     oracle = Oracle(small())
     oracle.silence = torch.full((80,), -2.0)
     sample(oracle, context, steps=3, cfg=2)
@@ -131,7 +146,7 @@ def test_guidance_is_one_batch_of_heard_and_silent(small, context):
         assert torch.equal(*call.xt.chunk(2))
 
 
-def test_only_the_heard_half_knows_the_last_guess(small, context):
+def test_only_the_heard_half_knows_the_last_guess(small, context, everywhere):
     oracle = Oracle(small())
     sample(oracle, context, steps=3, cfg=2)
     assert oracle.calls[0].guess is None
@@ -140,7 +155,7 @@ def test_only_the_heard_half_knows_the_last_guess(small, context):
         assert heard.std() > 0 and (silent == 0).all()
 
 
-def test_guidance_goes_beyond_what_was_heard(small, context):
+def test_guidance_goes_beyond_what_was_heard(small, context, everywhere):
     """One step of x0-prediction: silent + cfg (heard - silent), by hand."""
     config = small(predict="x0")
     model = awake(config).eval()
@@ -182,7 +197,7 @@ def test_a_context_longer_than_a_window_reaches_back_before_what_was_said(small)
 
 def test_only_the_end_of_a_long_context_is_heard(model, context):
     longer = torch.cat([torch.randn(3, 50, 80), context], dim=1)
-    assert torch.equal(sample(model, longer, steps=2), sample(model, context, steps=2))
+    assert torch.allclose(sample(model, longer, steps=2), sample(model, context, steps=2), atol=1e-4)
 
 
 @pytest.mark.parametrize("frames", [1, 7, 64, 65])
@@ -193,11 +208,16 @@ def test_as_many_frames_as_asked_for(model, context, frames):
 
 
 def test_each_step_is_told_what_the_last_one_thought(small, context):
-    oracle = Oracle(small(predict="x0", self_condition=0.5))
-    sample(oracle, context, steps=3, cfg=1)
-    assert oracle.calls[0].guess is None
-    for before, call in zip(oracle.calls, oracle.calls[1:]):
-        assert torch.allclose(call.guess.double(), Oracle(oracle.config)(before.xt, before.phi, None), atol=1e-5)
+    """DDIM what the network said, DPM-Solver++ where that was going."""
+    for sampler in ("ddim", "dpm"):
+        oracle = Oracle(small(predict="x0", self_condition=0.5))
+        sample(oracle, context, steps=3, cfg=1, sampler=sampler)
+        one, two, three = oracle.calls
+        first, then = (Oracle(oracle.config)(call.xt, call.phi, None) for call in (one, two))
+        rate = [-math.log(math.tan(call.phi[0])) for call in oracle.calls]
+        ahead = 0 if sampler == "ddim" else (rate[2] - rate[1]) / (2 * (rate[1] - rate[0]))
+        assert one.guess is None and torch.allclose(two.guess.double(), first, atol=1e-5)
+        assert torch.allclose(three.guess.double(), then + ahead * (then - first), atol=1e-4)
 
 
 def test_a_new_model_speaks_without_end_or_accident(small):

@@ -8,9 +8,9 @@ import sys
 import pytest
 import torch
 
-import plan
 from cdslm import Trainer, count, load, open_autoencoder, read_config, train
 from corpus import UserError, load_audio, open_corpus
+from devices import Threads
 from tests.conftest import ROOT, SMALL, command, flags, speech_like
 
 REAL = ROOT.parent / "shared/data/fsdd"
@@ -290,11 +290,19 @@ def test_bf16_trains_too(trainer):
     assert weights(t).dtype == torch.float32
 
 
-@pytest.mark.parametrize("usual, hints", [(1e-9, 1), (1e9, 0), (None, 0)])
-def test_steps_far_slower_than_they_could_be_are_worth_one_hint(mute, small, monkeypatch, capsys, usual, hints):
-    monkeypatch.setattr(plan, "announce", lambda *_: usual)
-    train(small(steps=22))
-    assert capsys.readouterr().err.count("OMP_NUM_THREADS") == hints
+def test_threads_suit_a_busy_machine(monkeypatch, capsys):
+    """Five slow steps in a row: one thread fewer; after a hundred all again, until the first slow step."""
+    threads = [4]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads[-1])
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    suited = Threads(fewer=1.0)
+    for seconds in 4 * [2.0] + [0.9] + 4 * [2.0]:
+        suited.suit(seconds)
+    assert threads == [4]
+    for seconds in [2.0] + 100 * [1.0] + [2.0] + 100 * [1.0] + 5 * [0.9]:
+        suited.suit(seconds)
+    assert threads == [4, 3, 4, 3, 4]
+    assert capsys.readouterr().err.count("going on with 3 of 4 threads") == 1
 
 
 def test_mistyped_data_does_not_spoil_the_folder(mute, small, tmp_path):
