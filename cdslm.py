@@ -291,12 +291,11 @@ class AudioAutoencoder(nn.Module):
             again = self.unlatent(mean + torch.randn_like(mean) * (0.5 * logvar).exp()).float().mT
         return F.l1_loss(again, mel) + kl_weight * 0.5 * (mean ** 2 + logvar.exp() - 1 - logvar).mean()
 
-    def decoder_loss(self, wave, dtype=torch.float32, blur=0.1):
+    def decoder_loss(self, wave, dtype=torch.float32):
         """Of (B, N) samples, decoded: log-mel, and STFT magnitudes at three resolutions."""
         target = log_mel(wave)
         with torch.no_grad():
             mel = self.to_mel(self.from_mel(target))
-        mel = mel + blur * torch.rand_like(mel[:, :1, :1]) * torch.randn_like(mel)      # generated frames aren't clean
         magnitude, source, _ = self.spectrum(mel, torch.randn_like(wave[:1]), dtype=dtype)
         guess = istft(griffin_lim(magnitude, source, 2))
         return 5 * F.l1_loss(log_mel(guess), target) + stft_distance(guess, wave)
