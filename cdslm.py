@@ -508,7 +508,7 @@ def count(config):
 # noise there is, since language is decided there.
 
 STEPS, CFG = 24, 2.0                          # evaluations a window, and guidance, unless one says otherwise
-GUIDED = math.pi / 4, math.atan(math.exp(2))  # DEVIATION: guided only from log-SNR -4 to 0 (Kynkaanniemi et al. 2024)
+GUIDED = math.pi / 4, math.atan(math.exp(2))  # CHOICE: guidance only from log-SNR -4 to 0 (Kynkäänniemi et al. 2024)
 
 
 def levels(config, steps):
@@ -533,9 +533,9 @@ def sample(model, context, frames=None, steps=STEPS, cfg=CFG, sampler="dpm", see
 
 
 def guided(model, ctx, cfg, xt, phi, guess):
-    """x0 (B, Tg, C) as the network sees it in xt at noise phi, silent + cfg (heard - silent) (Ho & Salimans 2021):
-    `heard` continues ctx and `silent` continues zeroed speech [paper]. Nor does `silent` know the last guess: away from
-    a network that knows less there are more words (autoguidance, Karras et al. 2024)."""
+    """x0 (B, Tg, C) as the network sees it in xt at noise phi; where `GUIDED`, silent + cfg (heard - silent) (Ho &
+    Salimans 2021): `heard` continues ctx and `silent` zeroed speech [paper]. Nor does `silent` know the last guess:
+    away from a network that knows less there are more words (autoguidance, Karras et al. 2024)."""
     guide = cfg != 1 and GUIDED[0] < phi < GUIDED[1]
     if guide:
         xt, ctx = xt.repeat(2, 1, 1), torch.cat([ctx, model.silence.expand_as(ctx)])

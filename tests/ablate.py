@@ -1,14 +1,16 @@
-"""What does each choice buy? The paper's ablations on a small model, each change on its own, over two seeds.
+"""What does each choice buy? Small models, judged by the language of what they say, over two seeds.
 
-    python tests/ablate.py            twenty minutes a seed on one core; goes on where it stopped
-    python tests/ablate.py --table    what is in results/ablations.csv, as a table for the README
+    python tests/ablate.py            the paper's ablations, each on its own; twenty minutes a seed on one core
+    python tests/ablate.py words      what brought words sooner, one thing after the other; half an hour a seed
+    python tests/ablate.py [words] --table     what is in results/, as a table for the README
 
-A run is `tiny` with two blocks of width 128 and 600 steps, and one flag changed. Its language is judged by five minutes
-of continuations, whose frames are heard without a decoder, so that nothing but the model counts.
+Either goes on where it stopped; `--seed 1` does that seed alone, so that two processors can share the work. A model is
+`tiny` with the flags of `BASE`. Its frames are heard without a decoder, so that nothing but the model counts.
 """
 import csv
 import statistics
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -21,15 +23,23 @@ from corpus import log_mel, open_corpus  # noqa: E402
 from listener import batched, load_listener, speak, toy_truth  # noqa: E402
 from toyspeech import ToySpeech  # noqa: E402
 
-RESULTS, CLIPS, SEEDS = ROOT / "results/ablations.csv", 100, (0, 1)
-BASE = "--depth 2 --width 128 --steps 600 --decoder griffinlim --device cpu"
+STUDY, SEEDS = "words" if "words" in sys.argv else "ablations", (0, 1)
 SCHEDULES = [f"--schedule {name}{zero}" for name in ("cosine", "linear", "exponential")
              for zero in ("", " --zero-terminal-snr")]
-CHANGES = ["", "--patch-size 2", "--patch-size 4", "--predict v", "--predict v --patch-size 2", *SCHEDULES[1:],
-           "--min-snr-gamma 1", "--min-snr-gamma 5", "--t-shift 0", "--ctx-seconds 0.5", "--ctx-seconds 2",
-           "--ctx-drop 0.1"]
-GUIDANCE = {"": (1, 1.25, 2, 4), "--ctx-drop 0.1": (1, 1.25, 2, 4)}  # every other run is judged at 1.25 alone
-FIELDS = ("flags", "cfg", "seed", "loss", "pjsd1", "pjsd2", "pjsd3", "words", "language")
+if STUDY == "ablations":
+    BASE, CLIPS = "--depth 2 --width 128 --steps 600 --decoder griffinlim --device cpu", 100
+    CHANGES = ["", "--patch-size 2", "--patch-size 4", "--predict v", "--predict v --patch-size 2", *SCHEDULES[1:],
+               "--min-snr-gamma 1", "--min-snr-gamma 5", "--t-shift 0", "--ctx-seconds 0.5", "--ctx-seconds 2",
+               "--ctx-drop 0.1"]
+    GUIDANCE = {"": (1, 2, 4), "--ctx-drop 0.1": (1, 2, 4)}               # all others are judged at 2 alone
+else:
+    BASE, CLIPS, GUIDANCE = "--steps 1200 --decoder griffinlim --device cpu", 200, {"": (1, 2)}
+    wide = "--depth 2 --width 256 --min-snr-gamma 5"
+    CHANGES = [f"{wide} --t-shift 0 --muon-lr 0.01 --self-condition 0", f"{wide} --t-shift 0 --muon-lr 0.01", wide,
+               "--min-snr-gamma 5", "--min-snr-gamma 1", "", "--optimizer adamw"]
+RESULTS = ROOT / f"results/{STUDY}.csv"
+FIELDS = {"flags": None, "cfg": None, "seed": None, "minutes": 1, "loss": 4, "pjsd1": 3, "pjsd2": 3, "pjsd3": 3,
+          "words": 3, "language": 3}                                      # and the digits that are worth showing
 
 
 def done():
@@ -58,10 +68,11 @@ def run(flags, seed):
     device, dtype = cdslm.decide(config)
     corpus = open_corpus(config)
     trainer = cdslm.Trainer(config, corpus, cdslm.fit_autoencoder(config, corpus, device), device, dtype)
+    begun = time.perf_counter()
     while trainer.done < config.steps:
         trainer.step()
-    loss = trainer.validate(256)["mean"]
-    rows = [(flags, cfg, seed, loss, *judge(config, trainer, cfg)) for cfg in GUIDANCE.get(flags, (1.25,))]
+    minutes, loss = (time.perf_counter() - begun) / 60, trainer.validate(256)["mean"]
+    rows = [(flags, cfg, seed, minutes, loss, *judge(config, trainer, cfg)) for cfg in GUIDANCE.get(flags, (2,))]
     RESULTS.parent.mkdir(exist_ok=True)
     new = not RESULTS.exists()
     with RESULTS.open("a") as file:
@@ -72,24 +83,24 @@ def run(flags, seed):
 
 def table():
     """Means over seeds, and half the distance between them, in Markdown."""
-    rows = done()
-    print("| changed | validation loss | pJSD₁ | pJSD₂ | pJSD₃ | words | language |\n" + "|---" * 7 + "|")
+    rows, shown = done(), {name: digits for name, digits in FIELDS.items() if digits}
+    print(f"| changed | {' | '.join(shown)} |\n" + "|---" * (1 + len(shown)) + "|")
     pairs = {(row["flags"], row["cfg"]) for row in rows}
     for flags, cfg in sorted(pairs, key=lambda pair: (CHANGES.index(pair[0]), float(pair[1]))):
         mine = [row for row in rows if (row["flags"], row["cfg"]) == (flags, cfg)]
         cells = []
-        for name in FIELDS[3:]:
+        for name, digits in shown.items():
             values = [float(row[name]) for row in mine]
-            digits = 4 if name == "loss" else 3
             spread = f" ± {(max(values) - min(values)) / 2:.{digits}f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.{digits}f}{spread}")
-        shown = " ".join(filter(None, [flags, f"--cfg {cfg}" if cfg != "1.25" else ""]))
-        print(f"| {f'`{shown}`' if shown else 'nothing'} | " + " | ".join(cells) + " |")
+        change = " ".join(filter(None, [flags, f"--cfg {cfg}" if cfg != "2" else ""]))
+        print(f"| {f'`{change}`' if change else 'nothing'} | " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":
     finished = {(row["flags"], int(row["seed"])) for row in done()}
-    for seed in () if "--table" in sys.argv else SEEDS:
+    seeds = [int(sys.argv[sys.argv.index("--seed") + 1])] if "--seed" in sys.argv else SEEDS
+    for seed in () if "--table" in sys.argv else seeds:
         for flags in CHANGES:
             if (flags, seed) not in finished:
                 run(flags, seed)

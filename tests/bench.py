@@ -13,6 +13,7 @@ slows all of them alike, so read the ratios rather than the milliseconds.
 """
 import argparse
 import contextlib
+import math
 import os
 import re
 import resource
@@ -34,6 +35,7 @@ from torch import nn  # noqa: E402
 import cdslm  # noqa: E402
 from cdslm import Config, Diffusion, MMDiT, count, decide, load_run, make_optimizers, sample  # noqa: E402
 from corpus import FFT, FRAME_RATE, HOP, MELS, RATE, WINDOW, log_mel, open_corpus  # noqa: E402
+from devices import Threads  # noqa: E402
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -251,7 +253,7 @@ def bench_speed(quick, run):
         autoencoder.decode(sample(model, context, steps=4 if quick else steps, cfg=cfg))
 
     work = {f"{steps} evaluations, --cfg {cfg}": lambda cfg=cfg, steps=steps: speak(cfg, steps)
-            for steps in (24, 48) for cfg in (1, 1.25)}
+            for steps in (24, 48) for cfg in (1, 2)}
     work["the decoder alone"] = lambda: autoencoder.decode(torch.cat([context] * 4, dim=1)[:, :config.gen_frames])
     table(f"Speaking, batch {len(context)}", ("what", "times real time"),
           [(name, seconds / s) for name, s in race(1 if quick else 5, **work).items()])
@@ -329,33 +331,47 @@ def first_step(folder, config):
     return seconds
 
 
-def measure(settings, rounds):
-    """Print what a step of `tiny`, so changed, takes: milliseconds, and MiB beyond those of a process that has none."""
+def measure(settings, rounds, fewer):
+    """Print what a step of `tiny`, so changed, takes: milliseconds, and MiB beyond those of a process that has none.
+    Its threads are as training has them if a step takes `fewer` milliseconds with one thread fewer; or all, if 0."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    seconds = race(rounds, step=Step(Config("tiny", **settings)))["step"]
+    work, threads = Step(Config("tiny", **settings)), Threads(fewer / 1e3 or math.inf)
+
+    def step():
+        begun = time.perf_counter()
+        work()
+        threads.suit(time.perf_counter() - begun)
+
+    for _ in range(8 if fewer else 0):
+        step()
+    seconds = race(rounds, step=step)["step"]
     print(1e3 * seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 
 
-def alone(settings, rounds, **environment):
+def alone(settings, rounds, fewer=0, **environment):
     """What `measure` says in a process of its own."""
-    code = f"import bench; bench.measure({settings!r}, {rounds})"
+    code = f"import bench; bench.measure({settings!r}, {rounds}, {fewer})"
     said = subprocess.run([sys.executable, "-c", code], env=os.environ | environment, cwd=ROOT / "tests", check=True,
                           capture_output=True, text=True).stdout
     return list(map(float, said.split()))
 
 
 def bench_busy(quick, _):
-    """A step with one thread and with two: while the machine is free, and while a program keeps a processor busy."""
-    def milliseconds():
-        settings = dict(batch_size=2) if quick else {}
-        return [alone(settings, 1 if quick else 9, OMP_NUM_THREADS=str(threads))[0] for threads in (1, 2)]
+    """A step with one thread, with two, and with as many as training thinks best: while the machine is free, and while
+    a program keeps a processor busy."""
+    settings, rounds = dict(batch_size=2) if quick else {}, 1 if quick else 9
+    ways = {"one thread": dict(OMP_NUM_THREADS="1"), "two": dict(OMP_NUM_THREADS="2")}
 
+    def milliseconds():
+        return {name: alone(settings, rounds, **way)[0] for name, way in ways.items()}
+
+    ways["as training does it"] = dict(OMP_NUM_THREADS="2", fewer=milliseconds()["one thread"])
     free = milliseconds()
     with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
         busy = milliseconds()
         other.kill()
     table("A step of `tiny`", ("threads", "ms when free", "ms beside a busy program", "ratio"),
-          [(threads, a, b, b / a) for threads, a, b in zip((1, 2), free, busy)])
+          [(name, free[name], busy[name], busy[name] / free[name]) for name in ways])
 
 
 def bench_growth(quick, _):
