@@ -46,8 +46,8 @@ from tqdm import tqdm
 from corpus import (DECODER_FFT, FRAME_RATE, HOP, MELS, UserError, griffin_lim, istft, keyed, keyed_noise, lock,
                     log_mel, low_griffin_lim, open_corpus, pitch, printable, pulses, replacing, save_audio, stft,
                     stft_distance, unmel)
-from devices import (Threads, compiled, decide, from_rank_0, keep_memory, rank_0_first, ranks, shard, state_dicts,
-                     together)
+from devices import (Ahead, Threads, compiled, decide, from_rank_0, keep_memory, rank_0_first, ranks, shard,
+                     state_dicts, together)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Config. One dial, the depth L: the width is 128 L [paper], heads are 64 wide, and `--size` names a depth with the
@@ -294,8 +294,7 @@ class AudioAutoencoder(nn.Module):
     def decoder_loss(self, wave, dtype=torch.float32):
         """Of (B, N) samples, decoded: log-mel, and STFT magnitudes at three resolutions."""
         target = log_mel(wave)
-        with torch.no_grad():
-            mel = self.to_mel(self.from_mel(target))
+        mel = self.to_mel(self.from_mel(target)).detach()
         magnitude, source, _ = self.spectrum(mel, torch.randn_like(wave[:1]), dtype=dtype)
         guess = istft(griffin_lim(magnitude, source, 2))
         return 5 * F.l1_loss(log_mel(guess), target) + stft_distance(guess, wave)
@@ -472,9 +471,7 @@ class MMDiT(nn.Module):
         return F.silu(self.noise_out(F.silu(self.noise_in(wave))))[:, None]
 
     def forward(self, xt, phi, ctx, guess=None):
-        def patches(x):
-            return x.to(self.silence.dtype).unflatten(1, (-1, self.patch)).flatten(2)    # (B, T, C) -> (B, T/k, k*C)
-
+        patches = lambda x: x.to(self.silence.dtype).unflatten(1, (-1, self.patch)).flatten(2)  # -> (B, T/k, k*C)
         c, ctx, gen = self.embed(phi), self.enter_ctx(patches(ctx)), self.enter_gen(patches(xt))
         if self.enter_guess is not None and guess is not None:
             gen = gen + self.enter_guess(patches(guess))
@@ -803,6 +800,7 @@ class Trainer:
     def __init__(self, config, corpus, autoencoder, device, dtype):
         self.config, self.corpus, self.autoencoder, self.device, self.dtype = config, corpus, autoencoder, device, dtype
         (self.rank, self.ranks), self.sharded, self.size = ranks(), config.parallel == "fsdp", count(config)
+        self.share = config.batch_size // self.ranks
         torch.manual_seed(config.seed)
         with torch.device("meta" if self.sharded and self.rank else "cpu"):
             model = MMDiT(config)
@@ -820,6 +818,8 @@ class Trainer:
         state_dicts().get_optimizer_state_dict(self.model, self.optimizers)   # makes their state by an empty step ...
         for state in [state for optimizer in self.optimizers for state in optimizer.state.values() if "step" in state]:
             state["step"].zero_()                                             # ... which must not count
+        self.window = functools.partial(corpus.windows, "mel", frames=config.ctx_frames + config.gen_frames)
+        self.read = Ahead(lambda part: self.window("train", [keyed(config.seed, "window", i) for i in part]))
         self.done, self.skipped, self.failed = 0, 0, 0                        # steps: all, not finite, and in a row
         self.signals, self.stopped = [], False                                # this rank's; whether any rank has one
 
@@ -827,11 +827,10 @@ class Trainer:
         """The context in which the network runs: bf16 matrix products, float32 weights."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def frames(self, split, keys):
-        """Windows as context (B, Tc, C) and continuation (B, Tg, C) on the device."""
-        window = self.config.ctx_frames + self.config.gen_frames
-        mel = self.send(torch.from_numpy(self.corpus.windows("mel", split, keys, window)))
-        return self.autoencoder.from_mel(mel).split((self.config.ctx_frames, self.config.gen_frames), dim=1)
+    def frames(self, mel):
+        """Log-mel windows (B, Tc + Tg, 80) as context (B, Tc, C) and continuation (B, Tg, C) on the device."""
+        frames = self.autoencoder.from_mel(self.send(torch.from_numpy(mel)))
+        return frames.split((self.config.ctx_frames, self.config.gen_frames), dim=1)
 
     def send(self, tensor):
         """To the device, without waiting for it."""
@@ -842,7 +841,8 @@ class Trainer:
         Times are stratified over the whole batch: each window draws from a share of its own."""
         c = self.config
         numbers = range(self.done * c.batch_size + part, self.done * c.batch_size + part + size)
-        ctx, x0 = self.frames("train", [keyed(c.seed, "window", i) for i in numbers])
+        ahead = size if (part + size) % self.share else size + c.batch_size - self.share   # over other ranks' shares
+        ctx, x0 = self.frames(self.read(numbers, range(numbers.start + ahead, numbers.stop + ahead)))
         dropped = torch.tensor([keyed(c.seed, "drop", i) < c.ctx_drop * 2 ** 63 for i in numbers])
         u = (torch.arange(part, part + size) + keyed(c.seed, "time", self.done) / 2 ** 63) / c.batch_size
         eps = torch.stack([keyed_noise(c.seed, "noise", i, x0.shape[1:], self.device) for i in numbers])
@@ -857,10 +857,10 @@ class Trainer:
 
     def step(self):
         """One optimiser step -> its line in the log. If its loss or gradient is not finite it changes no weight."""
-        c, share = self.config, self.config.batch_size // self.ranks
-        micro, guess = c.micro_batch or share, keyed(c.seed, "guess", self.done) < c.self_condition * 2 ** 63
-        total, end = torch.zeros(2, device=self.device), (self.rank + 1) * share  # of all ranks: loss, signals
-        for part in range(end - share, end, micro):
+        c, micro = self.config, self.config.micro_batch or self.share
+        guess = keyed(c.seed, "guess", self.done) < c.self_condition * 2 ** 63
+        total, end = torch.zeros(2, device=self.device), (self.rank + 1) * self.share  # of all ranks: loss, signals
+        for part in range(end - self.share, end, micro):
             x0, ctx, phi, eps = self.batch(part, micro)
             with self.accumulating(last=part + micro == end):
                 with self.precision():
@@ -902,9 +902,9 @@ class Trainer:
         """Loss of the averaged weights on fixed held-out windows and noise, {log-SNR: loss} at ten angles; "mean" is
         the paper's loss under the cosine schedule, whatever was trained, so that runs compare."""
         mine = range(self.rank, -(-number // self.ranks) * self.ranks, self.ranks)  # as many for each rank, to the end
-        ctx, x0 = self.frames("valid", [keyed(0, "validation", i) for i in mine])
+        ctx, x0 = self.frames(self.window("valid", [keyed(0, "validation", i) for i in mine]))
         eps = torch.stack([keyed_noise(0, "validation", i, x0.shape[1:], self.device) for i in mine])
-        size, losses = self.config.micro_batch or self.config.batch_size // self.ranks, []
+        size, losses = self.config.micro_batch or self.share, []
         for angle in ANGLES:
             parts = [part.split(size) for part in (x0, ctx, torch.full((len(mine),), angle, device=self.device), eps)]
             with self.precision():

@@ -11,6 +11,7 @@ import datetime
 import os
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.distributed as dist
@@ -120,6 +121,19 @@ def compiled(network, device):
     except Exception as error:  # each platform and compiler has its own
         print(f"--compile does not work here ({reason(error)}); going on without")
         return network
+
+
+class Ahead:
+    """work(x), done in a thread of its own while the result before is used: a GPU need not wait for the disk."""
+
+    def __init__(self, work):
+        self.work, self.thread, self.coming = work, ThreadPoolExecutor(1), {}
+
+    def __call__(self, x, following):
+        """work(x); and begin with what will be asked for next."""
+        now = self.coming.get(x) or self.thread.submit(self.work, x)
+        self.coming = {following: self.thread.submit(self.work, following)}
+        return now.result()
 
 
 class Threads:
