@@ -180,10 +180,22 @@ def test_contexts_are_dropped_as_often_as_asked(trainer):
 
 def test_context_and_continuation_follow_each_other(trainer):
     t = trainer()
-    ctx, x0 = t.frames("train", [5])
-    window = torch.from_numpy(t.corpus.windows("mel", "train", [5], 96))
+    window = t.corpus.windows("mel", "train", [5], 96)
+    ctx, x0 = t.frames(window)
     assert (ctx.shape[1], x0.shape[1]) == (32, 64)
-    assert torch.equal(torch.cat([ctx, x0], 1), t.autoencoder.from_mel(window))
+    assert torch.equal(torch.cat([ctx, x0], 1), t.autoencoder.from_mel(torch.from_numpy(window)))
+
+
+def test_the_windows_of_the_next_step_are_read_ahead(trainer):
+    """Whatever the micro-batch and the rank: what was read ahead is what is asked for next."""
+    for rank, count, micro in ((0, 1, 0), (0, 1, 2), (1, 2, 0), (1, 2, 1)):
+        t = trainer(micro_batch=micro, steps=3)
+        t.rank, t.ranks, t.share = rank, count, t.config.batch_size // count
+        asked, coming, read = [], [], t.read
+        t.read = lambda part, following: (asked.append(part), coming.append(following), read(part, following))[-1]
+        for _ in range(3):
+            t.step()
+        assert asked[1:] == coming[:-1] and len(asked) == 3 * t.share // (micro or t.share)
 
 
 def test_training_lowers_the_loss_on_a_fixed_batch(trainer):
