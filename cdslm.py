@@ -25,6 +25,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import gc
 import json
 import math
 import os
@@ -43,11 +44,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from corpus import (DECODER_FFT, FRAME_RATE, HOP, MELS, UserError, griffin_lim, istft, keyed, keyed_noise, lock,
-                    log_mel, low_griffin_lim, open_corpus, pitch, printable, pulses, replacing, save_audio, stft,
-                    stft_distance, unmel)
-from devices import (Ahead, Threads, compiled, decide, from_rank_0, keep_memory, rank_0_first, ranks, shard,
-                     state_dicts, together)
+from corpus import (DECODER_FFT, FRAME_RATE, HOP, MELS, UserError, griffin_lim, istft, keyed, keyed_noise,
+                    lock, log_mel, low_griffin_lim, open_corpus, pitch, printable, pulses, replacing, save_audio,
+                    stft, stft_distance, uniform, unmel)
+from devices import (Ahead, Threads, compiled, decide, from_rank_0, interruptible, keep_memory, rank_0_first, ranks,
+                     shard, state_dicts, together)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Config. One dial, the depth L: the width is 128 L [paper], heads are 64 wide, and `--size` names a depth with the
@@ -225,9 +226,13 @@ class AudioAutoencoder(nn.Module):
             self.latent_stats = self.latent_stats[:, None].repeat(1, latent_dim)
             self.encoder, self.unlatent = convnext(MELS, 2 * latent_dim, blocks=2), convnext(latent_dim, MELS, blocks=2)
         if decoder == "neural":
-            self.shape = convnext(MELS + 2, 3 * (DECODER_FFT // 2 + 1))
-            for parameter in self.shape[-1].parameters():                   # begins as a vocoder that knows nothing
+            self.shaper = convnext(MELS + 2, 3 * (DECODER_FFT // 2 + 1))
+            for parameter in self.shaper[-1].parameters():                  # begins as a vocoder that knows nothing
                 nn.init.zeros_(parameter)
+
+    def silence(self):
+        """(C,) a frame of digital zero."""
+        return self.encode(torch.zeros(1, 33 * HOP, device=self.mel_stats.device))[0, 16]
 
     def encode(self, wave):
         """(B, N) samples at 24 kHz -> (B, T, C) frames, T = ceil(N/300)."""
@@ -259,7 +264,7 @@ class AudioAutoencoder(nn.Module):
         ripple = hum.abs().clamp(min=1).log() - 3.5                         # large at a harmonic, small between two
         heard = torch.cat([heard, (hertz / 150).log()[..., None], voiced[..., None]], dim=-1)
         with torch.autocast(mel.device.type, dtype, enabled=dtype != torch.float32):
-            loud, comb, hums = self.shape(heard.mT.to(self.shape[0].weight.dtype)).float().chunk(3, dim=1)
+            loud, comb, hums = self.shaper(heard.mT.to(self.shaper[0].weight.dtype)).float().chunk(3, dim=1)
         magnitude = magnitude * (loud + comb * ripple).clamp(-8, 3).exp()
         return magnitude, hum * (hums + 8 * voiced[:, None] - 3).clamp(-8, 8).exp() + hiss, phase
 
@@ -360,6 +365,7 @@ class Diffusion:
         if guess:
             with torch.no_grad():
                 first = self.clean(model(xt, phi, ctx).float(), xt, angle)
+            torch.clear_autocast_cache()                          # or torch < 2.10 would learn nothing through it
         prediction = model(xt, phi, ctx, first)
         return (self.weight(angle) * (prediction.float() - self.target(x0, eps, angle)) ** 2).mean((1, 2))
 
@@ -387,7 +393,7 @@ def modulate(x, shift, scale):
     return F.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift
 
 
-def turns(tokens, size, device):
+def rotary(tokens, size, device):
     """Cosines and sines (T, D/2) of the angles by which positions turn heads of size D."""
     speed = 10_000 ** -torch.linspace(0, 1, size // 2, device=device)
     angles = torch.arange(tokens, device=device)[:, None] * speed
@@ -424,11 +430,11 @@ class Stream(nn.Module):
         shift, scale, *rest = self.adaln(c).chunk(2 if self.last else 6, dim=-1)
         return self.qkv(modulate(x, shift, scale)), rest
 
-    def close(self, x, attended, rest, depth):
-        """Add attention's result (B, T, d) to the stream, then the MLP's; each branch is scaled for the depth."""
+    def close(self, x, attended, rest, scaled):
+        """Add attention's result (B, T, d) to the stream, then the MLP's, each `scaled` for the depth."""
         gate, shift, scale, mlp_gate = rest
-        x = x + depth * gate * self.out(attended)
-        return x + depth * mlp_gate * self.down(F.gelu(self.up(modulate(x, shift, scale))))
+        x = x + scaled * gate * self.out(attended)
+        return x + scaled * mlp_gate * self.down(F.gelu(self.up(modulate(x, shift, scale))))
 
 
 class Block(nn.Module):
@@ -438,14 +444,14 @@ class Block(nn.Module):
         super().__init__()
         self.heads, self.ctx, self.gen = heads, Stream(d, last), Stream(d)
 
-    def forward(self, ctx, gen, c, cos, sin, depth):
+    def forward(self, ctx, gen, c, cos, sin, scaled):
         n = ctx.shape[1]
         (heard, ctx_rest), (spoken, gen_rest) = self.ctx.open(ctx, c), self.gen.open(gen, c)
         parts = [x.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4) for x in (heard, spoken)]
         qk, v = torch.cat(parts, dim=3).split((2, 1))                          # (2, B, H, T, D), (1, B, H, T, D)
         attended = attention(*rotate(F.layer_norm(qk, qk.shape[-1:]), cos, sin), v[0]).transpose(1, 2)  # (B, T, H, D)
-        gen = self.gen.close(gen, attended[:, n:].flatten(2), gen_rest, depth)
-        return None if self.ctx.last else self.ctx.close(ctx, attended[:, :n].flatten(2), ctx_rest, depth), gen
+        gen = self.gen.close(gen, attended[:, n:].flatten(2), gen_rest, scaled)
+        return None if self.ctx.last else self.ctx.close(ctx, attended[:, :n].flatten(2), ctx_rest, scaled), gen
 
 
 class MMDiT(nn.Module):
@@ -476,7 +482,7 @@ class MMDiT(nn.Module):
         if self.enter_guess is not None and guess is not None:
             gen = gen + self.enter_guess(patches(guess))
         head = gen.shape[-1] // self.blocks[0].heads
-        cos, sin = (x.to(gen.dtype) for x in turns(ctx.shape[1] + gen.shape[1], head, gen.device))
+        cos, sin = (x.to(gen.dtype) for x in rotary(ctx.shape[1] + gen.shape[1], head, gen.device))
         for block in self.blocks:
             run = functools.partial(checkpoint, block, use_reentrant=False) if self.again else block
             ctx, gen = run(ctx, gen, c, cos, sin, RESIDUAL(len(self.blocks) / BASE_DEPTH))
@@ -628,7 +634,7 @@ def decay_start(steps):
 # Written under a temporary name, flushed to the disk, then renamed: there is a whole checkpoint at every moment.
 
 FREE = {"out", "steps", "micro_batch", "eval_every", "device", "dtype", "compile", "parallel", "checkpoint_activations",
-        "print_params", "dry_run", "devices", "tflops", "json"}  # may change
+        "print_params", "dry_run", "devices", "tflops", "json"}  # may change when a run goes on
 
 
 def save(path, **contents):
@@ -731,9 +737,11 @@ def load_run(folder, device="cpu"):
         autoencoder.load_state_dict(load(folder / "autoencoder.pt")["autoencoder"])
     except (RuntimeError, KeyError):
         raise UserError(f"{folder}: its checkpoints do not match its config.json") from None
+    if (model.silence - autoencoder.silence()).abs().max() > 0.01:
+        raise UserError(f"{folder}: its autoencoder.pt is not the one that its model learned from")
     model, autoencoder = model.to(device, dtype), autoencoder.to(device)
     if config.decoder == "neural":
-        autoencoder.shape.to(dtype)
+        autoencoder.shaper.to(dtype)
     return config, model.eval().requires_grad_(False), autoencoder.eval().requires_grad_(False)
 
 
@@ -789,7 +797,7 @@ def open_autoencoder(config, corpus, device):
     model = AudioAutoencoder(config.latent_dim, config.decoder)
     try:
         model.load_state_dict(load(path)["autoencoder"])
-    except RuntimeError:
+    except (RuntimeError, KeyError):
         raise UserError(f"{path}: not this run's: of another --latent-dim or --decoder") from None
     return model.to(device).eval().requires_grad_(False)
 
@@ -804,7 +812,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         with torch.device("meta" if self.sharded and self.rank else "cpu"):
             model = MMDiT(config)
-        model.silence.copy_(autoencoder.encode(torch.zeros(1, 33 * HOP, device=device))[0, 16])
+        model.silence.copy_(autoencoder.silence())
         self.model, self.ema = (shard(model, device, dtype) if self.sharded else copy.deepcopy(model).to(device)
                                 for _ in range(2))
         self.ema.eval().requires_grad_(False)
@@ -818,8 +826,8 @@ class Trainer:
         state_dicts().get_optimizer_state_dict(self.model, self.optimizers)   # makes their state by an empty step ...
         for state in [state for optimizer in self.optimizers for state in optimizer.state.values() if "step" in state]:
             state["step"].zero_()                                             # ... which must not count
-        self.window = functools.partial(corpus.windows, "mel", frames=config.ctx_frames + config.gen_frames)
-        self.read = Ahead(lambda part: self.window("train", [keyed(config.seed, "window", i) for i in part]))
+        self.window = window = functools.partial(corpus.windows, "mel", frames=config.ctx_frames + config.gen_frames)
+        self.read = Ahead(lambda part: window("train", [keyed(config.seed, "window", i) for i in part]))
         self.done, self.skipped, self.failed = 0, 0, 0                        # steps: all, not finite, and in a row
         self.signals, self.stopped = [], False                                # this rank's; whether any rank has one
 
@@ -843,8 +851,8 @@ class Trainer:
         numbers = range(self.done * c.batch_size + part, self.done * c.batch_size + part + size)
         ahead = size if (part + size) % self.share else size + c.batch_size - self.share   # over other ranks' shares
         ctx, x0 = self.frames(self.read(numbers, range(numbers.start + ahead, numbers.stop + ahead)))
-        dropped = torch.tensor([keyed(c.seed, "drop", i) < c.ctx_drop * 2 ** 63 for i in numbers])
-        u = (torch.arange(part, part + size) + keyed(c.seed, "time", self.done) / 2 ** 63) / c.batch_size
+        dropped = torch.tensor([uniform(c.seed, "drop", i) < c.ctx_drop for i in numbers])
+        u = (torch.arange(part, part + size) + uniform(c.seed, "time", self.done)) / c.batch_size
         eps = torch.stack([keyed_noise(c.seed, "noise", i, x0.shape[1:], self.device) for i in numbers])
         phi, dropped = self.send(self.diffusion.angle(self.diffusion.times(u))), self.send(dropped[:, None, None])
         return x0, torch.where(dropped, self.model.silence, ctx), phi, eps
@@ -858,7 +866,7 @@ class Trainer:
     def step(self):
         """One optimiser step -> its line in the log. If its loss or gradient is not finite it changes no weight."""
         c, micro = self.config, self.config.micro_batch or self.share
-        guess = keyed(c.seed, "guess", self.done) < c.self_condition * 2 ** 63
+        guess = uniform(c.seed, "guess", self.done) < c.self_condition
         total, end = torch.zeros(2, device=self.device), (self.rank + 1) * self.share  # of all ranks: loss, signals
         for part in range(end - self.share, end, micro):
             x0, ctx, phi, eps = self.batch(part, micro)
@@ -940,22 +948,6 @@ class Trainer:
             tools.set_optimizer_state_dict(self.model, self.optimizers, found["optimizer"], options=options)
 
 
-@contextlib.contextmanager
-def interruptible():
-    """Yields a list that holds the signal's number once Ctrl-C or SIGTERM came; a second one stops at once."""
-    came, before = [], {}
-    def note(number, frame):
-        came.append(number)
-        signal.signal(number, before[number])
-    for number in (signal.SIGINT, signal.SIGTERM):
-        before[number] = signal.signal(number, note)
-    try:
-        yield came
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def train(config):
     """From a config to a run folder full of sound. The same config goes on where it stopped."""
     import plan
@@ -975,7 +967,8 @@ def train(config):
             print(f"stopped after step {trainer.done}; the same command goes on from there")
             raise SystemExit(128 + (trainer.signals or [signal.SIGTERM])[0])
         if not rank:
-            del trainer                                                       # whose memory may be needed
+            del trainer
+            gc.collect()                                                      # its memory may be needed now
             listen(config.out, device)
 
 
@@ -1080,6 +1073,10 @@ def cli(main):
     signal.signal(signal.SIGTERM, terminated)
     try:
         main()
+    except torch.OutOfMemoryError:
+        print("error: out of memory on the device; try a smaller --micro-batch, or --checkpoint-activations",
+              file=sys.stderr)
+        sys.exit(2)
     except (UserError, OSError) as error:
         if ranks()[0] == 0 or dist.is_initialized():                          # what all ranks are told, one says
             print(f"error: {printable(str(error))}", file=sys.stderr)

@@ -38,6 +38,11 @@ def keyed(seed, purpose, index):
     return int.from_bytes(digest, "little") >> 1
 
 
+def uniform(*words):
+    """The same, as a number in [0, 1)."""
+    return keyed(*words) / 2 ** 63
+
+
 def keyed_noise(seed, purpose, index, shape, device):
     """Standard normal noise that depends on (seed, purpose, index) and the kind of device alone."""
     return torch.randn(shape, generator=torch.Generator(device).manual_seed(keyed(seed, purpose, index)), device=device)
@@ -458,7 +463,7 @@ class Corpus:
         total = sum(frames for *_, frames in stretches)
         size = max(BLOCK_SECONDS * FRAME_RATE, 3 * window)
         size = size if total > 20 * size else 2 * window                      # little speech is split more finely
-        blocks = [(name, keyed(0, name, (minute * 60 * FRAME_RATE + at) // size) / 2 ** 63,
+        blocks = [(name, uniform(0, name, (minute * 60 * FRAME_RATE + at) // size),
                    shard, start + at, min(size, frames - at))
                   for name, minute, shard, start, frames in stretches for at in range(0, frames, size)]
         usable = sorted({chance for _, chance, _, _, frames in blocks if frames >= window})

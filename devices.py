@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import datetime
 import os
+import signal
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,8 @@ def decide(config):
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():
+        raise UserError(f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}: here are {torch.cuda.device_count()} GPUs")
     name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
     try:
         device = torch.device(name)
@@ -123,6 +126,22 @@ def compiled(network, device):
         return network
 
 
+@contextlib.contextmanager
+def interruptible():
+    """Yields a list that holds the signal's number once Ctrl-C or SIGTERM came; a second one stops at once."""
+    came, before = [], {}
+    def note(number, frame):
+        came.append(number)
+        signal.signal(number, before[number])
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, note)
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 class Ahead:
     """work(x), done in a thread of its own while the result before is used: a GPU need not wait for the disk."""
 
@@ -152,7 +171,7 @@ class Threads:
                 torch.set_num_threads(self.all)
                 self.count = 4
             return
-        self.count = self.count + 1 if seconds > 1.2 * self.fewer and self.all > 1 else 0
+        self.count = self.count + 1 if seconds > 1.5 * self.fewer and self.all > 1 else 0
         if self.count == 5:
             torch.set_num_threads(self.all - 1)
             self.count = 0

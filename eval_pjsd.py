@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from cdslm import CFG, STEPS, Parser, cli, guided, load_run, read_config, sample
+from cdslm import CFG, STEPS, Parser, cli, guided, load_run, sample
 from corpus import (AUDIO_FILES, FRAME_RATE, HOP, RATE, UserError, load_audio, log_mel, open_corpus, reason, replacing,
                     resample)
 from listener import batched, decided, draw_decided, error_rate, load_listener, speak, toy_truth
@@ -234,7 +234,7 @@ def windows(corpus, split, frames, count):
 
 def judge_run(arguments):
     """The report on a run: it continues held-out contexts, and what it says is judged beside the true continuations."""
-    config, model, autoencoder = load_run(arguments.run, read_config(arguments.run).device)
+    config, model, autoencoder = load_run(arguments.run, arguments.device)
     corpus, n, m = open_corpus(config), config.ctx_frames, config.gen_frames
     count = max(1, round(arguments.minutes * 60 * FRAME_RATE / m))
     toy = ToySpeech(config.toy_languages, config.toy_words) if config.data == "toy" else None
@@ -314,6 +314,7 @@ def parse(argv=None):
     parser.add_argument("--minutes", type=float, default=10.0, help="minutes of speech that a run is to speak [10]")
     parser.add_argument("--cfg", type=float, default=CFG, help="its guidance [2]")
     parser.add_argument("--steps", type=int, default=STEPS, help="its evaluations of the network [24]")
+    parser.add_argument("--device", default="auto", help="its device: cuda, mps, cpu [auto]")
     parser.add_argument("--decided", action="store_true", help="toy: what is decided when? Draws RUN/decided.png")
     parser.add_argument("--json", type=Path, help="where to keep the report [a run: RUN/judged.json]")
     arguments = parser.parse_args(argv)

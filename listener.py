@@ -175,17 +175,23 @@ def nearness(voice, truth):
     return float((apart > apart.diagonal()[:, None]).sum() / max(1, len(apart) * (len(apart) - 1)))
 
 
+def phone_errors(clip, truth):
+    """Edit distance between two lists of phones (Levenshtein 1966)."""
+    truth = np.array(truth)
+    row = steps = np.arange(len(truth) + 1)
+    for i, phone in enumerate(clip, 1):
+        row = np.concatenate([[i], np.minimum(row[1:] + 1, row[:-1] + (truth != phone))])
+        row = np.minimum.accumulate(row - steps) + steps                      # and what the clip left out
+    return int(row[-1])
+
+
 def error_rate(clips, spoken):
-    """Phone error rate: edit distance (Levenshtein 1966) between what was heard and the truth, over true phones."""
+    """Phone error rate: edit distance between what was heard and the truth, over true phones."""
     errors = total = 0
     for clip, u in zip(clips, spoken):
         first = np.diff(u.phone.astype(int) * 1000 + u.word, prepend=-9999) != 0
-        truth = np.array([SYMBOLS[p] for p in u.phone[first & (u.phone > 0)]])
-        row = steps = np.arange(len(truth) + 1)
-        for i, phone in enumerate(clip, 1):
-            row = np.concatenate([[i], np.minimum(row[1:] + 1, row[:-1] + (truth != phone))])
-            row = np.minimum.accumulate(row - steps) + steps                  # and what the clip left out
-        errors, total = errors + int(row[-1]), total + len(truth)
+        truth = [SYMBOLS[p] for p in u.phone[first & (u.phone > 0)]]
+        errors, total = errors + phone_errors(clip, truth), total + len(truth)
     return errors / total
 
 

@@ -84,7 +84,7 @@ def run(flags, seed):
 def table():
     """Means over seeds, and half the distance between them, in Markdown."""
     rows, shown = done(), {name: digits for name, digits in FIELDS.items() if digits}
-    print(f"| changed | {' | '.join(shown)} |\n" + "|---" * (1 + len(shown)) + "|")
+    print(f"| changed | FLOPs | {' | '.join(shown)} |\n" + "|---" * (2 + len(shown)) + "|")
     pairs = {(row["flags"], row["cfg"]) for row in rows}
     for flags, cfg in sorted(pairs, key=lambda pair: (CHANGES.index(pair[0]), float(pair[1]))):
         mine = [row for row in rows if (row["flags"], row["cfg"]) == (flags, cfg)]
@@ -94,10 +94,13 @@ def table():
             spread = f" ± {(max(values) - min(values)) / 2:.{digits}f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.{digits}f}{spread}")
         change = " ".join(filter(None, [flags, f"--cfg {cfg}" if cfg != "2" else ""]))
-        print(f"| {f'`{change}`' if change else 'nothing'} | " + " | ".join(cells) + " |")
+        config = cdslm.parse(f"{BASE} {flags}".split())
+        flops = cdslm.count(config)["flops"] * config.batch_size * config.steps
+        print(f"| {f'`{change}`' if change else 'nothing'} | {flops:.1e} | " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     finished = {(row["flags"], int(row["seed"])) for row in done()}
     seeds = [int(sys.argv[sys.argv.index("--seed") + 1])] if "--seed" in sys.argv else SEEDS
     for seed in () if "--table" in sys.argv else seeds:

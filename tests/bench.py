@@ -4,6 +4,7 @@ slows all of them alike, so read the ratios rather than the milliseconds.
     python tests/bench.py step                    a training step of the blocks, beside mmdit's and diffusers'
     python tests/bench.py sampling out/tiny       quality against evaluations of the network; draws assets/sampler.png
     python tests/bench.py speed out/tiny          how many times faster than real time it speaks
+    python tests/bench.py decoder out/tiny        what is heard of generated frames, once they are sound
     python tests/bench.py data                    toy speech, log-mel beside librosa and torchaudio, batches
     python tests/bench.py startup out/tiny        seconds until --help, until the first step
     python tests/bench.py busy                    a step while another program keeps one processor busy
@@ -72,7 +73,7 @@ def our_blocks(config):
     """Module, and (ctx (B, Tc, d), gen (B, Tg, d), noise level (B, d)) -> gen."""
     model = MMDiT(config)
     tokens = (config.ctx_frames + config.gen_frames) // config.patch_size
-    cos, sin = (x.bfloat16() for x in cdslm.turns(tokens, config.width // model.blocks[0].heads, "cpu"))
+    cos, sin = (x.bfloat16() for x in cdslm.rotary(tokens, config.width // model.blocks[0].heads, "cpu"))
 
     def run(ctx, gen, c):
         for block in model.blocks:
@@ -160,8 +161,10 @@ def bench_step(quick, _):
         makers |= {"mmdit 0.3.0": mmdit_blocks, f"diffusers {diffusers.__version__}": diffusers_blocks}
     except ImportError:
         print("(pip install mmdit==0.3.0 diffusers to see them beside ours)")
-    for size, shape in (("tiny", dict(depth=2, width=256, batch_size=32)), ("base", dict(batch_size=1))):
-        config = Config(size, **shape | ({"batch_size": 2} if quick else {}))
+    wide = dict(depth=2, width=256)
+    for size, shape in (("tiny", dict(batch_size=32)), ("tiny", wide | dict(batch_size=32)),
+                        ("tiny", wide | dict(patch_size=2, batch_size=16)), ("base", dict(batch_size=4))):
+        config = Config(size, **shape | ({"batch_size": 1} if quick else {}))
         work = {name: blocks_step(config, make) for name, make in makers.items()}
         seconds = race(2 if quick else 9, product=product_work, **work)
         peak = product_flops / seconds.pop("product")
@@ -295,9 +298,47 @@ def bench_data(quick, _):
           [(name, seconds / s) for name, s in race(2 if quick else 7, **work).items()])
     config = Config(decoder="griffinlim", **(dict(toy_hours=0.05, batch_size=2) if quick else {}))
     trainer = cdslm.Trainer(config, open_corpus(config), cdslm.AudioAutoencoder(0, "griffinlim"), *decide(config))
-    seconds = race(2 if quick else 9, batch=lambda: trainer.batch(0, config.batch_size), step=trainer.step)
-    table("Batches of `tiny`", ("what", "ms", "share"),
-          [(name, 1e3 * s, s / seconds["step"]) for name, s in seconds.items()])
+    spent, batch = [], trainer.batch
+
+    def timed(*part):
+        begun = time.perf_counter()
+        found = batch(*part)
+        spent.append(time.perf_counter() - begun)
+        return found
+
+    trainer.batch = timed
+    step = race(2 if quick else 20, step=trainer.step)["step"]
+    table("A step of `tiny`", ("what", "ms", "share"),
+          [(what, 1e3 * s, s / step) for what, s in (("its batch", statistics.median(spent)), ("all of it", step))])
+
+
+@torch.no_grad()
+def bench_decoder(quick, run):
+    """Frames that were generated beside true ones: how far from them is what is heard of the sound they became? Beside
+    Griffin-Lim; phones are those that a recogniser hears in the frames, and in the sound."""
+    from corpus import griffin_lim, istft, stft, unmel
+    from eval_pjsd import CONTEXTS
+    from listener import batched, load_listener, phone_errors, speak
+    from toyspeech import ToySpeech
+    (config, model, autoencoder), listener = load_run(run), load_listener()
+    toy, n, m = ToySpeech(config.toy_languages, config.toy_words), config.ctx_frames, config.gen_frames
+    waves = speak(toy, CONTEXTS, 4 if quick else 60, n + m, "contexts", n)[0]
+    true = autoencoder.encode(waves)
+    kinds = {"true": true[:, n:], "generated": batched(lambda part: sample(model, part), true[:, :n], size=20)}
+
+    def by_griffin_lim(frames):
+        magnitude = unmel(autoencoder.to_mel(frames) * autoencoder.mel_stats[1] + autoencoder.mel_stats[0])
+        return istft(griffin_lim(magnitude, stft(torch.randn(1, m * HOP), 2 * magnitude.shape[1] - 2)))
+
+    rows = []
+    for kind, frames in kinds.items():
+        mel = autoencoder.to_mel(frames) * autoencoder.mel_stats[1] + autoencoder.mel_stats[0]
+        heard = listener.hear(mel)
+        for way, decode in (("learned", autoencoder.decode), ("Griffin-Lim 32", by_griffin_lim)):
+            again = log_mel(decode(frames))
+            wrong = sum(phone_errors(a, b) for a, b in zip(listener.hear(again)["clips"], heard["clips"]))
+            rows.append((kind, way, float((again - mel).abs().mean()), wrong / sum(map(len, heard["clips"]))))
+    table("Sound, heard again", ("frames", "decoder", "log-mel L1", "phones changed"), rows)
 
 
 def bench_startup(quick, run):
@@ -397,10 +438,10 @@ BENCHES = {name[6:]: work for name, work in globals().items() if name.startswith
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=BENCHES)
-    parser.add_argument("run", nargs="?", help="a run folder, such as out/tiny; for sampling, speed and startup")
+    parser.add_argument("run", nargs="?", help="a run folder, such as out/tiny; for those that show one")
     parser.add_argument("--quick", action="store_true", help="something small, to see that it works")
     arguments = parser.parse_args()
-    if arguments.run is None and arguments.what in ("sampling", "speed", "startup"):
+    if arguments.run is None and arguments.what in ("sampling", "speed", "decoder", "startup"):
         parser.error(f"{arguments.what} needs a run folder, such as out/tiny")
     torch.manual_seed(0)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, bf16 in hardware: "

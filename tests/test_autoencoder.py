@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from cdslm import AudioAutoencoder, Config, decide, fit_autoencoder, open_autoencoder
+from cdslm import AudioAutoencoder, Config, decide, fit_autoencoder, open_autoencoder, save
+from listener import load_listener
 from corpus import DECODER_FFT, HOP, MELS, RATE, UserError, griffin_lim, istft, keyed, log_mel, open_corpus, stft, unmel
 
 REAL = Path(__file__).parents[2] / "shared/data/fsdd"
@@ -18,7 +19,7 @@ def shaped(seed=0, **options):
     """A neural autoencoder that shapes at random: untrained ones pass the source on as it is."""
     torch.manual_seed(seed)
     model = AudioAutoencoder(**options).eval().requires_grad_(False)
-    for parameter in model.shape[-1].parameters():
+    for parameter in model.shaper[-1].parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     return model
 
@@ -52,10 +53,11 @@ def test_decoding_twice_gives_the_same_samples():
     assert torch.equal(model.decode(frames), model.decode(frames))
 
 
-def test_pieces_equal_the_whole():
+@pytest.mark.parametrize("make", [shaped, lambda: AudioAutoencoder(decoder="griffinlim")], ids=["neural", "griffinlim"])
+def test_pieces_equal_the_whole(make):
     """Also at the seams, where a click would be: the largest difference anywhere is below -80 dB."""
-    model = shaped()
-    frames = model.encode(babble(6.0))
+    model = make()
+    frames = model.encode(babble(6.0) * 4)
     whole = model.decode(frames)
     assert (whole - model.decode(frames, piece=100)).abs().max() < 1e-4
 
@@ -111,7 +113,7 @@ def test_training_lowers_its_loss(small, latent_dim):
 
 def test_latents_are_alive_and_silence_stays_silent(small):
     """Each latent has deviation 1 on speech, mel comes back, and digital silence decodes below -60 dBFS."""
-    config = small(latent_dim=16, decoder_steps=30)                         # 120 for the bottleneck
+    config = small(latent_dim=16, decoder="neural", decoder_steps=30)       # 120 for the bottleneck
     model = fit_autoencoder(config, corpus := open_corpus(config), CPU)
     mel = torch.from_numpy(corpus.windows("mel", "valid", range(0, 8000, 250), 48))
     frames = model.from_mel(mel)
@@ -126,6 +128,9 @@ def test_an_autoencoder_of_another_shape_is_one_clear_line(small):
     open_autoencoder(config, corpus := open_corpus(config), CPU)
     with pytest.raises(UserError, match="autoencoder.pt: not this run's"):
         open_autoencoder(small(latent_dim=16), corpus, CPU)
+    save(Path(config.out) / "autoencoder.pt", other=1)
+    with pytest.raises(UserError, match="autoencoder.pt: not this run's"):
+        open_autoencoder(config, corpus, CPU)
 
 
 # --- quality, on held-out speech, by judges that were not trained on --------------------------------------------------
@@ -189,7 +194,7 @@ def test_decoder_beats_griffin_lim(data):
     corpus = open_corpus(config := Config(data=str(data), toy_hours=1.0))
     waves, started = held_out(corpus), time.perf_counter()
     model = fit_autoencoder(config, corpus, CPU)
-    model.shape.to(decide(config)[1])                     # as it is loaded
+    model.shaper.to(decide(config)[1])                     # as it is loaded
     print(f"\n{config.decoder_steps} steps in {time.perf_counter() - started:.0f} s")
     theirs, _ = (judge(f"Griffin-Lim {n}", by_griffin_lim(n), waves) for n in (32, 100))
     ours = judge("learned decoder", lambda mel: model.decode(model.from_mel(mel)), waves)
@@ -198,6 +203,14 @@ def test_decoder_beats_griffin_lim(data):
     assert ours["real time"] >= 5 * theirs["real time"]
     frames = model.encode(waves)
     assert (model.decode(frames) - model.decode(frames, piece=100)).abs().max() < 1e-4
+    assert model.decode(model.encode(torch.zeros(1, RATE))).abs().max() < 1e-3         # silence, at -60 dBFS
+    if data == "toy":
+        ear = load_listener()
+        heard, *again = (ear.hear(log_mel(wave))["frames"] for wave in (waves, model.decode(frames),
+                                                                        by_griffin_lim(32)(log_mel(waves))))
+        ours, theirs = (float(np.mean(np.asarray(x) == np.asarray(heard))) for x in again)
+        print(f"frames of the same phone: {ours:.4f}, Griffin-Lim 32 {theirs:.4f}")
+        assert ours >= theirs - 0.005
     noise = torch.randn(log_mel(waves).shape, generator=torch.Generator().manual_seed(3))
     for level in (0.1, 0.2):                            # generated frames are not clean
         worse = log_mel(waves) + level * noise * model.mel_stats[1]

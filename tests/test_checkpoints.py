@@ -128,6 +128,11 @@ def test_a_checkpoint_of_another_network_is_a_users_error(trained, tmp_path):
     for path in trained[0].iterdir():
         if path.suffix in (".pt", ".json"):
             (tmp_path / path.name).write_bytes(path.read_bytes())
+    foreign = load(tmp_path / "autoencoder.pt")
+    foreign["autoencoder"]["mel_stats"] += 0.1                                # of the same shape, from another corpus
+    save(tmp_path / "autoencoder.pt", **foreign)
+    with pytest.raises(UserError, match="not the one that its model learned from"):
+        load_run(tmp_path)
     facts = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(facts | {"depth": 2}))
     with pytest.raises(UserError, match=r"config\.json"):

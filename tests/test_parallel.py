@@ -93,6 +93,24 @@ def test_two_ranks_are_the_run_on_one_device(alone, tmp_path, settings):
     assert said[-1] == "listen" and load_run(tmp_path / "run")[0].parallel == settings["parallel"]
 
 
+@pytest.mark.slow
+def test_muon_on_two_ranks_is_muon_on_one(tmp_path):
+    """Its bf16 iterations round a little more."""
+    for ranks, folder in ((1, tmp_path / "one" / "x"), (2, tmp_path / "two" / "x")):
+        folder.parent.mkdir()
+        assert [status for status, _ in run(folder, ranks=ranks, optimizer="muon")] == [0] * ranks
+    for row, other in zip(log(tmp_path / "one/run"), log(tmp_path / "two/run"), strict=True):
+        assert row["loss"] == pytest.approx(other["loss"], rel=1e-3)
+
+
+def test_more_processes_than_gpus_is_a_users_error(monkeypatch, small):
+    """Every rank says so, not only those that have none."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(UserError, match="nproc_per_node=8: here are 4 GPUs"):
+        devices.decide(small(device="cuda"))
+
+
 @pytest.mark.parametrize("ways", [
     ("fsdp", "one", "ddp"), pytest.param(("one", "fsdp", "one"), marks=pytest.mark.slow)], ids=" ".join)
 def test_a_run_goes_on_with_another_number_of_ranks(alone, tmp_path, ways):

@@ -186,16 +186,16 @@ def test_context_and_continuation_follow_each_other(trainer):
     assert torch.equal(torch.cat([ctx, x0], 1), t.autoencoder.from_mel(torch.from_numpy(window)))
 
 
-def test_the_windows_of_the_next_step_are_read_ahead(trainer):
-    """Whatever the micro-batch and the rank: what was read ahead is what is asked for next."""
-    for rank, count, micro in ((0, 1, 0), (0, 1, 2), (1, 2, 0), (1, 2, 1)):
-        t = trainer(micro_batch=micro, steps=3)
-        t.rank, t.ranks, t.share = rank, count, t.config.batch_size // count
-        asked, coming, read = [], [], t.read
-        t.read = lambda part, following: (asked.append(part), coming.append(following), read(part, following))[-1]
-        for _ in range(3):
-            t.step()
-        assert asked[1:] == coming[:-1] and len(asked) == 3 * t.share // (micro or t.share)
+@pytest.mark.parametrize("rank, ranks, micro", [(0, 1, 0), (0, 1, 2), (1, 2, 0), (1, 2, 1)])
+def test_the_windows_of_the_next_step_are_read_ahead(trainer, rank, ranks, micro):
+    """What was read ahead is what is asked for next."""
+    t = trainer(micro_batch=micro, steps=3)
+    t.rank, t.ranks, t.share = rank, ranks, t.config.batch_size // ranks
+    asked, coming, read = [], [], t.read
+    t.read = lambda part, following: (asked.append(part), coming.append(following), read(part, following))[-1]
+    for _ in range(3):
+        t.step()
+    assert asked[1:] == coming[:-1] and len(asked) == 3 * t.share // (micro or t.share)
 
 
 def test_training_lowers_the_loss_on_a_fixed_batch(trainer):
@@ -293,6 +293,18 @@ def test_the_log_has_a_row_a_step(trained):
     assert rows[-1]["hours"] == pytest.approx(10 * 4 * 1.2 / 3600)
     size = count(read_config(trained[0]))
     assert rows[-1]["tokens"] == 40 * size["tokens"] and rows[-1]["flops"] == 40 * size["flops"]
+
+
+def test_a_first_guess_in_bf16_leaves_every_weight_its_gradient(trainer):
+    """Autocast may keep what it cast without gradients."""
+    t = trainer(self_condition=1.0)
+    x0, ctx, phi, eps = t.batch(0, 4)
+    with torch.no_grad():
+        for parameter in t.model.parameters():
+            parameter.normal_(std=0.1)
+    with torch.autocast("cpu", torch.bfloat16):
+        t.diffusion.loss(t.model, x0, ctx, phi, eps, guess=True).sum().backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in t.model.parameters())
 
 
 def test_bf16_trains_too(trainer):
