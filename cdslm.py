@@ -827,7 +827,9 @@ class Trainer:
         for state in [state for optimizer in self.optimizers for state in optimizer.state.values() if "step" in state]:
             state["step"].zero_()                                             # ... which must not count
         self.window = window = functools.partial(corpus.windows, "mel", frames=config.ctx_frames + config.gen_frames)
-        self.read = Ahead(lambda part: window("train", [keyed(config.seed, "window", i) for i in part]))
+        seed, shape = config.seed, (config.gen_frames, config.channels)
+        self.read = Ahead(lambda part: (window("train", [keyed(seed, "window", i) for i in part]),
+                                        torch.stack([keyed_noise(seed, "noise", i, shape, device) for i in part])))
         self.done, self.skipped, self.failed = 0, 0, 0                        # steps: all, not finite, and in a row
         self.signals, self.stopped = [], False                                # this rank's; whether any rank has one
 
@@ -850,10 +852,10 @@ class Trainer:
         c = self.config
         numbers = range(self.done * c.batch_size + part, self.done * c.batch_size + part + size)
         ahead = size if (part + size) % self.share else size + c.batch_size - self.share   # over other ranks' shares
-        ctx, x0 = self.frames(self.read(numbers, range(numbers.start + ahead, numbers.stop + ahead)))
+        mel, eps = self.read(numbers, range(numbers.start + ahead, numbers.stop + ahead))
+        ctx, x0 = self.frames(mel)
         dropped = torch.tensor([uniform(c.seed, "drop", i) < c.ctx_drop for i in numbers])
         u = (torch.arange(part, part + size) + uniform(c.seed, "time", self.done)) / c.batch_size
-        eps = torch.stack([keyed_noise(c.seed, "noise", i, x0.shape[1:], self.device) for i in numbers])
         phi, dropped = self.send(self.diffusion.angle(self.diffusion.times(u))), self.send(dropped[:, None, None])
         return x0, torch.where(dropped, self.model.silence, ctx), phi, eps
 

@@ -143,7 +143,7 @@ def interruptible():
 
 
 class Ahead:
-    """work(x), done in a thread of its own while the result before is used: a GPU need not wait for the disk."""
+    """work(x), done in a thread of its own while the result before is used: nobody waits for the disk, or for noise."""
 
     def __init__(self, work):
         self.work, self.thread, self.coming = work, ThreadPoolExecutor(1), {}
