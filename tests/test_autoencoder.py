@@ -113,7 +113,7 @@ def test_training_lowers_its_loss(small, latent_dim):
 
 def test_latents_are_alive_and_silence_stays_silent(small):
     """Each latent has deviation 1 on speech, mel comes back, and digital silence decodes below -60 dBFS."""
-    config = small(latent_dim=16, decoder="neural", decoder_steps=30)       # 120 for the bottleneck
+    config = small(latent_dim=16, decoder_steps=30)                         # 120 for the bottleneck
     model = fit_autoencoder(config, corpus := open_corpus(config), CPU)
     mel = torch.from_numpy(corpus.windows("mel", "valid", range(0, 8000, 250), 48))
     frames = model.from_mel(mel)
