@@ -952,7 +952,7 @@ class Trainer:
 
 def train(config):
     """From a config to a run folder full of sound. The same config goes on where it stopped."""
-    import plan
+    import plan                                                               # which imports this file
     device, dtype = decide(config)
     plan.afford(config, device, dtype)
     with together(config) as rank, contextlib.nullcontext() if rank else claim(config):
@@ -960,7 +960,7 @@ def train(config):
         with rank_0_first():                                                  # it makes what the others then find
             corpus = open_corpus(config)
             if rank == 0 and not (Path(config.out) / "config.json").exists():
-                write_config(config.out, config)
+                write_config(config.out, config)                              # whose folder this is, from now on
             autoencoder = open_autoencoder(config, corpus, device)
         trainer = Trainer(config, corpus, autoencoder, device, dtype)
         with interruptible() as trainer.signals:
@@ -981,7 +981,7 @@ def learn(trainer, folder, threads):
     if trainer.done:
         print(f"going on from step {trainer.done}")
     if trainer.rank == 0:
-        write_config(folder, config)
+        write_config(folder, config)                                          # it may ask for more steps than before
         trim_log(folder / "log.jsonl", trainer.done)
     first, shown = trainer.done, {}
 
