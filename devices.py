@@ -157,7 +157,7 @@ class Ahead:
 
 class Threads:
     """How many threads a step runs on. Where another program keeps a processor busy, all of them wait for the one that
-    has to share it, and a step takes four to five times as long: one thread fewer is then faster."""
+    has to share it, and a step takes four times as long: one thread fewer is then faster."""
 
     def __init__(self, fewer):
         """`fewer`: seconds that a step takes with one thread fewer."""

@@ -1,7 +1,7 @@
 """Speak: continue held-out contexts, a recording, or silence.
 
     python sample.py out/tiny                                            continue the contexts kept in the run
-    python sample.py out/digits --prompt me.flac --seconds 12 --cfg 2    continue a recording
+    python sample.py out/digits --prompt me.flac --seconds 12 --cfg 3    continue a recording
     python sample.py out/tiny --prompt none --num 8                      eight beginnings out of silence, in one batch
 
 Each file is the context followed by the continuation. Beyond the window the model was trained on it goes on window by

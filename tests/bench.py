@@ -153,7 +153,7 @@ class Step:
 
 
 def bench_step(quick, _):
-    """Ours is to be the fastest at both shapes, although it alone has rotary positions and normalised queries."""
+    """Ours is to be the fastest, although it alone has rotary positions and normalised queries."""
     makers, (product_work, product_flops) = {"ours": our_blocks}, product()
     try:
         import diffusers
@@ -280,7 +280,7 @@ def race_commands(title, commands, rounds):
 # All else: data, start-up, a busy machine, growth.
 
 def bench_data(quick, _):
-    """Toy speech; log-mel beside the libraries'; and the share of a step that goes to assembling its batch."""
+    """Toy speech; log-mel beside the libraries'; and how long a step waits for its batch, which is made ahead."""
     from toyspeech import ToySpeech
     seconds, toy = 5 if quick else 60, ToySpeech()
     wave, number = 0.1 * torch.randn(1, seconds * RATE), iter(range(10 ** 6))
