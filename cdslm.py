@@ -563,7 +563,7 @@ def ddim(predict, x, angles):
 
 def dpm_solver(predict, x, angles):
     """DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2): second order, from how x0 changed since the last step. The first
-    step (from pure noise, h may be infinite) and the last are of first order. CHOICE: where x0 goes is the next guess."""
+    step (from pure noise, h may be infinite) and the last are of first order. Where x0 goes is the next guess."""
     rate = [-math.log(math.tan(phi)) if phi else math.inf for phi in angles]  # half the log-SNR, whose steps are h
     before = better = None
     for i, (phi, following) in enumerate(zip(angles, angles[1:])):

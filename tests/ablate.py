@@ -4,7 +4,7 @@
     python tests/ablate.py words      what brought words sooner, one thing after the other; half an hour a seed
     python tests/ablate.py [words] --table     what is in results/, as a table for the README
 
-(The ablations in results/ are of scaled, uncentred queries and keys, 48 evaluations, guided by 1.25 at every level; delete
+(The ablations in results/ are older: uncentred queries and keys, 48 evaluations, guided by 1.25 at every level. Delete
 that file to have them all anew.)
 
 Either goes on where it stopped; `--seed 1` does that seed alone, so that two processors can share the work. A model is
