@@ -443,6 +443,7 @@ def main():
     arguments = parser.parse_args()
     if arguments.run is None and arguments.what in ("sampling", "speed", "decoder", "startup"):
         parser.error(f"{arguments.what} needs a run folder, such as out/tiny")
+    cdslm.keep_memory()                                                       # as the programs do
     torch.manual_seed(0)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, bf16 in hardware: "
           f"{decide(Config())[1] == torch.bfloat16}")
