@@ -491,19 +491,19 @@ class MMDiT(nn.Module):
 
 
 def count(config):
-    """Parameters, tokens a window, and FLOPs of training on a window: 2 a multiply-add, backward twice forward, except
-    that nothing is passed back to the input. A first guess costs a forward pass (`flops_forward`) more."""
+    """Parameters, tokens a window, and FLOPs of training on one: 2 a multiply-add, backward twice forward, but nothing
+    is passed back to the input. A first guess costs a forward pass more; `flops` has its share of them."""
     d, L, kc = config.width, config.depth, config.patch_size * config.channels
     ctx, gen = config.ctx_frames // config.patch_size, config.gen_frames // config.patch_size
     enter = kc * d * (ctx + gen) + 256 * d                                              # multiply-adds from the input
     blocks = 12 * d * d * (gen * L + ctx * (L - 1)) + 3 * d * d * ctx + 2 * d * L * (ctx + gen) ** 2
     inner = blocks + d * d * (1 + 6 * (2 * L - 1) + 2 + 2) + kc * d * gen               # noise level, adaLN, output too
-    forward, guessed = 2 * (enter + inner), 2 * kc * d * gen
-    guess = config.self_condition * (forward + 2 * guessed)
+    forward, seen = 2 * (enter + inner), 2 * kc * d * gen * (config.self_condition > 0)  # the guess that it sees
     with torch.device("meta"):
         parameters = sum(p.numel() for p in MMDiT(config).parameters())
-    return {"parameters": parameters, "tokens": ctx + gen, "flops": 4 * enter + 6 * inner + guess,
-            "flops_forward": forward + guessed * (config.self_condition > 0)}
+    flops = 4 * enter + 6 * inner + config.self_condition * (forward + 2 * seen)
+    return {"parameters": parameters, "tokens": ctx + gen, "flops": flops, "flops_guess": forward + 2 * seen,
+            "flops_forward": forward + seen}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -830,7 +830,7 @@ class Trainer:
         seed, shape = config.seed, (config.gen_frames, config.channels)
         self.read = Ahead(lambda part: (window("train", [keyed(seed, "window", i) for i in part]),
                                         torch.stack([keyed_noise(seed, "noise", i, shape, device) for i in part])))
-        self.done, self.skipped, self.failed = 0, 0, 0                        # steps: all, not finite, and in a row
+        self.done, self.guessed, self.skipped, self.failed = 0, 0, 0, 0       # steps: guessing, not finite, in a row
         self.signals, self.stopped = [], False                                # this rank's; whether any rank has one
 
     def precision(self):
@@ -869,6 +869,7 @@ class Trainer:
         """One optimiser step -> its line in the log. If its loss or gradient is not finite it changes no weight."""
         c, micro = self.config, self.config.micro_batch or self.share
         guess = uniform(c.seed, "guess", self.done) < c.self_condition
+        self.guessed += guess
         total, end = torch.zeros(2, device=self.device), (self.rank + 1) * self.share  # of all ranks: loss, signals
         for part in range(end - self.share, end, micro):
             x0, ctx, phi, eps = self.batch(part, micro)
@@ -904,7 +905,8 @@ class Trainer:
         windows = self.done * c.batch_size
         hours = windows * (c.ctx_frames + c.gen_frames) / FRAME_RATE / 3600
         return {"step": self.done, "loss": loss, "gradient": norm, "lr": c.lr * factor, "skipped": self.skipped,
-                "tokens": windows * self.size["tokens"], "flops": windows * self.size["flops"],
+                "tokens": windows * self.size["tokens"], "flops": windows * self.size["flops"] + c.batch_size *
+                (self.guessed - c.self_condition * self.done) * self.size["flops_guess"],       # as they were drawn
                 "hours": hours, "epochs": hours / self.corpus.hours("train")}
 
     @torch.no_grad()
@@ -942,6 +944,7 @@ class Trainer:
         if dist.is_initialized():
             dist.broadcast(done, 0)
         self.done, self.skipped = done.tolist()
+        self.guessed = sum(uniform(self.config.seed, "guess", i) < self.config.self_condition for i in range(self.done))
         if self.done:
             found = found or {"model": {}, "ema": {}, "optimizer": {}}
             tools, options = state_dicts(), from_rank_0()
@@ -1076,8 +1079,7 @@ def cli(main):
     try:
         main()
     except torch.OutOfMemoryError:
-        print("error: out of memory on the device; try a smaller --micro-batch, or --checkpoint-activations",
-              file=sys.stderr)
+        print("error: out of memory; try a smaller --micro-batch, or --checkpoint-activations", file=sys.stderr)
         sys.exit(2)
     except (UserError, OSError) as error:
         if ranks()[0] == 0 or dist.is_initialized():                          # what all ranks are told, one says
