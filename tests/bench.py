@@ -316,7 +316,6 @@ def bench_data(quick, _):
 def bench_decoder(quick, run):
     """Frames that were generated beside true ones: how far from them is what is heard of the sound they became? Beside
     Griffin-Lim; phones are those that a recogniser hears in the frames, and in the sound."""
-    from corpus import griffin_lim, istft, stft, unmel
     from eval_pjsd import CONTEXTS
     from listener import batched, load_listener, phone_errors, speak
     from toyspeech import ToySpeech
@@ -325,17 +324,14 @@ def bench_decoder(quick, run):
     waves = speak(toy, CONTEXTS, 4 if quick else 60, n + m, "contexts", n)[0]
     true = autoencoder.encode(waves)
     kinds = {"true": true[:, n:], "generated": batched(lambda part: sample(model, part), true[:, :n], size=20)}
-
-    def by_griffin_lim(frames):
-        magnitude = unmel(autoencoder.to_mel(frames) * autoencoder.mel_stats[1] + autoencoder.mel_stats[0])
-        return istft(griffin_lim(magnitude, stft(torch.randn(1, m * HOP), 2 * magnitude.shape[1] - 2)))
-
-    rows = []
+    untrained, rows = cdslm.AudioAutoencoder(decoder="griffinlim"), []
+    untrained.mel_stats.copy_(autoencoder.mel_stats)
     for kind, frames in kinds.items():
-        mel = autoencoder.to_mel(frames) * autoencoder.mel_stats[1] + autoencoder.mel_stats[0]
+        normalised = autoencoder.to_mel(frames)
+        mel = normalised * autoencoder.mel_stats[1] + autoencoder.mel_stats[0]
         heard = listener.hear(mel)
-        for way, decode in (("learned", autoencoder.decode), ("Griffin-Lim 32", by_griffin_lim)):
-            again = log_mel(decode(frames))
+        for way, wave in (("learned", autoencoder.decode(frames)), ("Griffin-Lim 32", untrained.decode(normalised))):
+            again = log_mel(wave)
             wrong = sum(phone_errors(a, b) for a, b in zip(listener.hear(again)["clips"], heard["clips"]))
             rows.append((kind, way, float((again - mel).abs().mean()), wrong / sum(map(len, heard["clips"]))))
     table("Sound, heard again", ("frames", "decoder", "log-mel L1", "phones changed"), rows)
