@@ -98,7 +98,7 @@ def print_params(config):
 
 def forecast(config, device, dtype):
     """Seconds that (a decoder step, a training step, one with a thread fewer) take here, from a few steps of each that
-    leave nothing behind."""
+    leave nothing behind. The last is infinite where there is no thread to spare, or a GPU."""
     autoencoder, model = AudioAutoencoder(config.latent_dim, config.decoder).to(device), MMDiT(config).to(device)
     optimizers, diffusion = make_optimizers(model, config), Diffusion(config)
     micro, wave = config.micro_batch or config.batch_size, torch.randn(16, 48 * HOP, device=device)
@@ -126,7 +126,7 @@ def forecast(config, device, dtype):
     threads = torch.get_num_threads()
     seconds = fastest(decoder_step) if config.decoder == "neural" else 0, fastest(training_step)
     torch.set_num_threads(max(1, threads - 1))
-    fewer = fastest(training_step) if threads > 1 and device.type == "cpu" else seconds[1]
+    fewer = fastest(training_step) if threads > 1 and device.type == "cpu" else math.inf
     torch.set_num_threads(threads)
     return *seconds, fewer
 
@@ -147,4 +147,4 @@ def announce(config, device, dtype):
     print(f"about {decoder_step * config.decoder_steps / 60:.1f} min for the decoder and "
           f"{step * config.steps / 60:.1f} min of training ({step:.3f} s a step), less what is done already; in a "
           f"hurry: --steps {max(1, config.steps // 10)} --decoder griffinlim --out out/quick")
-    return steps[1] if device.type == "cpu" else math.inf
+    return steps[1]
