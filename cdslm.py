@@ -44,11 +44,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from corpus import (DECODER_FFT, FRAME_RATE, HOP, MELS, UserError, griffin_lim, istft, keyed, keyed_noise,
-                    lock, log_mel, low_griffin_lim, open_corpus, pitch, printable, pulses, replacing, save_audio,
-                    stft, stft_distance, uniform, unmel)
-from devices import (Ahead, Threads, compiled, decide, from_rank_0, interruptible, keep_memory, rank_0_first, ranks,
-                     shard, state_dicts, together)
+from corpus import (DECODER_FFT, FRAME_RATE, HOP, MELS, UserError, check_data, check_room, griffin_lim, istft, keyed,
+                    keyed_noise, lock, log_mel, low_griffin_lim, open_corpus, pitch, printable, pulses, replacing,
+                    save_audio, stft, stft_distance, uniform, unmel)
+from devices import (Ahead, check_launch, compiled, decide, from_rank_0, interruptible, keep_memory, rank_0_first,
+                     ranks, shard, state_dicts, together)
+
+LAUNCHED = time.perf_counter()
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Config. One dial, the depth L: the width is 128 L [paper], heads are 64 wide, and `--size` names a depth with the
@@ -61,7 +63,7 @@ PAPER = dict(ctx_seconds=10.0, gen_seconds=30.0, patch_size=4, predict="v", self
 LAPTOP = dict(patch_size=8, predict="x0", self_condition=0.5, min_snr_gamma=0.2, t_shift=1.0, optimizer="muon",
               batch_size=32)
 SIZES = {
-    "tiny": LAPTOP | dict(depth=4, width=192, ctx_seconds=1.0, gen_seconds=3.0, steps=4500),  # words like depth
+    "tiny": LAPTOP | dict(depth=4, width=192, ctx_seconds=1.0, gen_seconds=3.0, steps=4500, minutes=20.0),
     "small": LAPTOP | dict(depth=3, ctx_seconds=2.0, gen_seconds=6.0, steps=40_000),
     "base": PAPER | dict(depth=4, batch_size=64, steps=100_000),
     "medium": PAPER | dict(depth=8, batch_size=256, steps=200_000),
@@ -109,6 +111,8 @@ class Config:
     ctx_drop: float = opt(0.0, "share of training contexts replaced by silence (the paper: none)", least=0)
 
     steps: int = opt(None, "optimiser steps; a larger number extends a finished run", above=0, section="training")
+    minutes: float = opt(None, "without --steps: where the default takes longer, train for fewer steps (0: no limit)",
+                         least=0)
     batch_size: int = opt(None, "windows a step, over all devices", above=0, most=1000000)
     micro_batch: int = opt(0, "windows a forward pass of a device, to save memory; 0: all of its share", least=0)
     optimizer: str = opt(None, "for the hidden matrices; all else is AdamW's, as in the paper", "adamw", "muon")
@@ -138,7 +142,9 @@ class Config:
     def __post_init__(self):
         if self.size not in SIZES:
             raise UserError(f"unknown size {self.size!r}; choose one of {', '.join(SIZES)}")
-        for name, value in SIZES[self.size].items():
+        if self.minutes is None and self.steps is not None:
+            self.minutes = 0.0
+        for name, value in ({"minutes": 0.0} | SIZES[self.size]).items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
         self.width = 128 * self.depth if self.width is None else self.width
@@ -598,22 +604,79 @@ def role(model, name):
     return "bias" if kind == "bias" else model.get_submodule(layer).role
 
 
-def make_optimizers(model, config):
-    """Optimisers over all parameters, by role; each group keeps its full learning rate as `peak`."""
+def make_optimizers(model, config, dtype=torch.float32):
+    """Optimisers over all parameters, by role; each group keeps its full learning rate as `peak`. Muon multiplies in
+    `dtype`."""
     m, roles = config.width / BASE_WIDTH, {role: [] for role in ROLES}
     for name, parameter in model.named_parameters():
         roles[role(model, name)].append(parameter)
-    matrices = roles.pop("hidden") if config.optimizer == "muon" and hasattr(torch.optim, "Muon") else []  # torch 2.9
+    matrices = roles.pop("hidden") if config.optimizer == "muon" else []
     groups = [dict(params=parameters, lr=config.lr * rate(m), weight_decay=config.weight_decay * decay(m))
               for role, parameters in roles.items() for _, rate, decay in [ROLES[role]]]
     epsilon = EPSILON(m, config.depth / BASE_DEPTH)
     optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=epsilon, fused=not next(model.parameters()).is_meta)]
     if matrices:
         decay = config.weight_decay * config.lr / config.muon_lr
-        optimizers.append(torch.optim.Muon(matrices, config.muon_lr, decay, momentum=0.95, adjust_lr_fn="original"))
+        optimizers.append(Muon(matrices, config.muon_lr, decay, dtype=dtype))
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["peak"] = group["lr"]
     return optimizers
+
+
+# CHOICE: four Newton-Schulz steps, each with the coefficients that are best after the steps before it, for singular
+# values from 0.003 to 1 (Amsel et al. 2025, "The Polar Express"). The usual five bring them no closer to 1.
+NEWTON_SCHULZ = ((8.3837, -24.7659, 18.3571), (4.0434, -3.0114, 0.5695), (3.5056, -2.6267, 0.5257),
+                 (2.4901, -1.8343, 0.4368))
+
+
+def orthogonalize(matrices, dtype):
+    """(N, rows, columns) -> matrices with the same singular vectors, whose singular values are about 1, in `dtype`.
+
+    Each step takes every singular value s to a s + b s^3 + c s^5, by matrix products alone."""
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = (x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)).to(dtype).contiguous()   # no s is larger than 1
+    for a, b, c in NEWTON_SCHULZ:
+        gram = x @ x.mT                                                                 # (N, rows, rows)
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)                   # b gram + c gram^2
+        polynomial.diagonal(dim1=1, dim2=2).add_(a)
+        x = polynomial @ x
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose updates are made orthogonal, so that a step changes every direction of a matrix alike (Jordan et
+    al. 2024). Matrices of one shape are updated together. A state of torch.optim.Muon can be loaded."""
+
+    def __init__(self, matrices, lr, weight_decay, momentum=0.95, dtype=torch.float32):
+        super().__init__(matrices, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            shapes = {}
+            for matrix in group["params"]:
+                if matrix.grad is not None:
+                    shapes.setdefault(matrix.shape, []).append(matrix)
+            for matrices in shapes.values():
+                self.update(matrices, **group)
+
+    def update(self, matrices, lr, weight_decay, momentum, **_):
+        """Update matrices (rows, columns) of one shape."""
+        gradients = [matrix.grad for matrix in matrices]
+        for matrix in matrices:
+            if "momentum_buffer" not in self.state[matrix]:
+                self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
+        buffers = [self.state[matrix]["momentum_buffer"] for matrix in matrices]
+
+        torch._foreach_lerp_(buffers, gradients, 1 - momentum)
+        updates = torch.stack(torch._foreach_lerp(gradients, buffers, momentum))        # Nesterov's momentum
+        updates = orthogonalize(updates, self.dtype).to(matrices[0].dtype)
+
+        rows, columns = matrices[0].shape
+        torch._foreach_mul_(matrices, 1 - lr * weight_decay)
+        torch._foreach_add_(matrices, list(updates), alpha=-lr * max(1, rows / columns) ** 0.5)
 
 
 def lr_factor(config, step):
@@ -633,8 +696,8 @@ def decay_start(steps):
 # Checkpoints. Tensors and plain values only, loaded with weights_only=True: a file from the internet can run no code.
 # Written under a temporary name, flushed to the disk, then renamed: there is a whole checkpoint at every moment.
 
-FREE = {"out", "steps", "micro_batch", "eval_every", "device", "dtype", "compile", "parallel", "checkpoint_activations",
-        "print_params", "dry_run", "devices", "tflops", "json"}  # may change when a run goes on
+FREE = {"out", "steps", "minutes", "micro_batch", "eval_every", "device", "dtype", "compile", "parallel", "json",
+        "checkpoint_activations", "print_params", "dry_run", "devices", "tflops"}  # may change when a run goes on
 
 
 def save(path, **contents):
@@ -688,8 +751,26 @@ def newest(folder, config=None):
                         f"{max(found['step'] for found in seen if found)}; ask for more, or choose another --out")
 
 
+def check_out(config):
+    """Raise UserError unless the run folder is new, or of this configuration, with room for four checkpoints. A run
+    that was shortened to fit `minutes` stays as short."""
+    folder, mine = Path(config.out), dataclasses.asdict(config)
+    if (folder / "config.json").exists():
+        saved = read_config(folder)
+        theirs = dataclasses.asdict(saved)
+        differ = [f"{k} {theirs[k]} -> {mine[k]}" for k in mine if k not in FREE and theirs[k] != mine[k]]
+        if differ:
+            raise UserError(f"--out {folder} holds another run ({', '.join(differ)}); choose another --out")
+        if config.minutes and saved.minutes:
+            config.steps = saved.steps
+    elif foreign := [*folder.glob("log.jsonl"), *folder.glob("[1-4]_*.wav")]:
+        raise UserError(f"--out {folder} holds {foreign[0].name}, but no config.json of a run; choose another --out")
+    there = sum(path.stat().st_size for path in folder.glob("*.pt"))
+    check_room(folder, 4 * 16 * count(config)["parameters"] - there, "its checkpoints; choose another --out")
+
+
 def claim(config):
-    """Make the run folder ours: one run at a time, of the configuration it was begun with. Returns the lock to hold."""
+    """Make the run folder ours: one run at a time. Returns the lock to hold."""
     folder = Path(config.out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -698,14 +779,6 @@ def claim(config):
         raise UserError(f"--out {folder}: {error.strerror}") from None
     if held is None:
         raise UserError(f"--out {folder}: another run is writing there")
-    mine = dataclasses.asdict(config)
-    if (folder / "config.json").exists():
-        theirs = dataclasses.asdict(read_config(folder))
-        differ = [f"{k} {theirs[k]} -> {mine[k]}" for k in mine if k not in FREE and theirs[k] != mine[k]]
-        if differ:
-            raise UserError(f"--out {folder} holds another run ({', '.join(differ)}); choose another --out")
-    elif foreign := [*folder.glob("log.jsonl"), *folder.glob("[1-4]_*.wav")]:
-        raise UserError(f"--out {folder} holds {foreign[0].name}, but no config.json of a run; choose another --out")
     return held
 
 
@@ -750,6 +823,7 @@ def load_run(folder, device="cpu"):
 # step's number alone: see `keyed`. Under torchrun this program runs once a device, as so many ranks: each takes its
 # share of every batch, and rank 0 writes.
 
+WARM, TRIAL = 10, 40  # steps from which and up to which the speed is measured
 ANGLES = [math.pi / 2 * (i + 0.5) / 10 for i in range(10)]  # where validation looks, whatever schedule is trained
 
 
@@ -821,7 +895,7 @@ class Trainer:
             self.network = DistributedDataParallel(self.model, gradient_as_bucket_view=True,
                                                    find_unused_parameters=config.self_condition > 0)
         self.network = compiled(self.network, device) if config.compile else self.network
-        self.diffusion, self.optimizers = Diffusion(config), make_optimizers(self.model, config)
+        self.diffusion, self.optimizers = Diffusion(config), make_optimizers(self.model, config, dtype)
         self.paper = Diffusion(dataclasses.replace(config, min_snr_gamma=5.0))
         state_dicts().get_optimizer_state_dict(self.model, self.optimizers)   # makes their state by an empty step ...
         for state in [state for optimizer in self.optimizers for state in optimizer.state.values() if "step" in state]:
@@ -950,16 +1024,27 @@ class Trainer:
             tools, options = state_dicts(), from_rank_0()
             tools.set_model_state_dict(self.model, found["model"], options=options)
             tools.set_model_state_dict(self.ema, found["ema"], options=options)
-            tools.set_optimizer_state_dict(self.model, self.optimizers, found["optimizer"], options=options)
+            for group in found["optimizer"].get("param_groups", []):
+                if "ns_steps" in group:                                       # a run that torch.optim.Muon began
+                    for name in ("nesterov", "ns_coefficients", "ns_steps", "eps", "adjust_lr_fn"):
+                        group.pop(name, None)
+            try:
+                tools.set_optimizer_state_dict(self.model, self.optimizers, found["optimizer"], options=options)
+            except KeyError as error:
+                raise UserError(f"its checkpoint holds the state of another optimiser ({error}); choose another --out"
+                                ) from None
 
 
 def train(config):
     """From a config to a run folder full of sound. The same config goes on where it stopped."""
     import plan                                                               # which imports this file
     device, dtype = decide(config)
+    check_launch(config)                                                      # flags, folders, room, and then the rest
+    check_data(config)
+    check_out(config)
     plan.afford(config, device, dtype)
-    with together(config) as rank, contextlib.nullcontext() if rank else claim(config):
-        threads = Threads(plan.announce(config, device, dtype))
+    with together() as rank, contextlib.nullcontext() if rank else claim(config):
+        plan.announce(config, device, dtype)
         with rank_0_first():                                                  # it makes what the others then find
             corpus = open_corpus(config)
             if rank == 0 and not (Path(config.out) / "config.json").exists():
@@ -967,7 +1052,7 @@ def train(config):
             autoencoder = open_autoencoder(config, corpus, device)
         trainer = Trainer(config, corpus, autoencoder, device, dtype)
         with interruptible() as trainer.signals:
-            learn(trainer, Path(config.out), threads)
+            learn(trainer, Path(config.out))
         if trainer.stopped:
             print(f"stopped after step {trainer.done}; the same command goes on from there")
             raise SystemExit(128 + (trainer.signals or [signal.SIGTERM])[0])
@@ -977,7 +1062,21 @@ def train(config):
             listen(config.out, device)
 
 
-def learn(trainer, folder, threads):
+def keep_to_time(config, done, seconds):
+    """Print how long training takes at `seconds` a step. At the start of a run that was given no --steps, have it take
+    no more than `minutes`, counted from the launch."""
+    spent, left = (time.perf_counter() - LAUNCHED) / 60, (config.steps - done) * seconds / 60
+    if config.minutes and config.lr_schedule == "wsd" and not dist.is_initialized() and done == TRIAL:
+        affordable = (0.95 * config.minutes - spent) * 60 / seconds               # the rest is for sound and validation
+        if affordable < config.steps - done:
+            full, config.steps = config.steps, max(2 * done, int(done + affordable) // 100 * 100)
+            tqdm.write(f"{full} steps would take {left:.0f} minutes here: training for {config.steps} instead; for all "
+                       f"of them add --steps {full}")
+            left = (config.steps - done) * seconds / 60
+    tqdm.write(f"about {left:.1f} minutes of training, at {seconds:.3f} s a step")
+
+
+def learn(trainer, folder):
     """The loop: steps, a line of log.jsonl for each, and now and then a validation and a checkpoint."""
     config, rate = trainer.config, trainer.config.batch_size * (trainer.config.ctx_frames + trainer.config.gen_frames)
     trainer.restore(None if trainer.rank else newest(folder, config))
@@ -1000,9 +1099,13 @@ def learn(trainer, folder, threads):
         while trainer.done < config.steps and not trainer.stopped:
             if config.lr_schedule == "wsd" and trainer.done == decay_start(config.steps):
                 keep("trunk.pt")                                              # a longer run will go on from here
-            started = time.perf_counter()
             row = trainer.step()
-            threads.suit(time.perf_counter() - started)
+            if trainer.done == first + WARM:
+                warm = time.perf_counter()
+            if trainer.done == first + TRIAL and trainer.rank == 0:
+                keep_to_time(config, trainer.done, (time.perf_counter() - warm) / (TRIAL - WARM))
+                bar.total = config.steps
+                write_config(folder, config)
             row["frames/s"] = (trainer.done - first) * rate / (time.perf_counter() - begun)
             due = trainer.done == config.steps or trainer.done % config.eval_every == 0
             if due:

@@ -69,6 +69,16 @@ def replacing(path, keep=None):
         temporary.unlink(missing_ok=True)
 
 
+def check_room(path, size, purpose):
+    """Raise UserError if `size` bytes more don't fit on the disk where `path` is, or will be."""
+    path = Path(path).absolute()
+    while not path.exists():
+        path = path.parent
+    free = shutil.disk_usage(path).free
+    if size > free:
+        raise UserError(f"{path} has {free / 2 ** 30:.2f} GiB free, {size / 2 ** 30:.2f} are needed for {purpose}")
+
+
 def lock(path, wait=False):
     """Hold a file, for this process alone, until it is closed. None if another process holds it, unless we `wait`."""
     file = open(path, "a")
@@ -289,21 +299,30 @@ def pcm(wave):
 
 
 def toy_source(config):
-    """The toy corpus: stretches of 20 s, each a speaker of its own."""
+    """The toy corpus: stretches of 20 s, or longer where windows are, each a speaker of its own."""
     from toyspeech import VERSION, ToySpeech
-    toy, count = ToySpeech(config.toy_languages, config.toy_words), max(2, round(config.toy_hours * 180))
-    stretches = [Stretch(f"utterance {i}", 20.0, [i]) for i in range(count)]
+    toy, seconds = ToySpeech(config.toy_languages, config.toy_words), 20.0
+    while seconds < 1.25 * (config.ctx_seconds + config.gen_seconds):         # so that a window can begin anywhere
+        seconds += 10
+    count = max(2, round(config.toy_hours * 3600 / seconds))
+    stretches = [Stretch(f"utterance {i}", seconds, [i]) for i in range(count)]
     bits = ", ".join(f"{toy.entropy_per_phone(language):.2f}" for language in range(config.toy_languages))
     print(f"toy speech, version {VERSION}: {config.toy_words} words a language; {bits} bits a phone in each")
-    return Source(f"toy-{config.toy_languages}x{config.toy_words}-{count}", f"{CACHE_VERSION} {VERSION}", stretches,
+    name = f"toy-{config.toy_languages}x{config.toy_words}-{count}" + (f"x{seconds:.0f}s" if seconds > 20 else "")
+    return Source(name, f"{CACHE_VERSION} {VERSION}", stretches,
                   lambda stretch: pcm(torch.from_numpy(toy.utterance(stretch.parts[0], stretch.seconds).wave)), {})
+
+
+def check_data(config):
+    """Raise UserError if one of the folders of `config.data` is not there."""
+    for name in [config.data] if isinstance(config.data, str) else config.data:
+        if name != "toy" and not Path(name).is_dir():
+            raise UserError(f"--data {name}: no such folder")
 
 
 def folder_source(folder):
     """A folder of recordings: long ones in half hours, short neighbours joined. Unreadable ones are `skipped`."""
     root, stretches, skipped, prints = Path(folder), [], {}, [str(CACHE_VERSION)]
-    if not root.is_dir():
-        raise UserError(f"--data {folder}: no such folder")
     def closed(error):  # a folder that may not be read
         skipped[printable(os.path.relpath(error.filename, root))] = error.strerror
 
@@ -366,6 +385,8 @@ def build_cache(source):
     if not all(shards.values()):
         with lock(folder / ".lock", wait=True):                # another process may be making them
             shards = {stem: open_shard(stem) for stem in plan}
+            missing = sum(s.seconds for stem, stretches in plan.items() if not shards[stem] for s in stretches)
+            check_room(folder, missing * (2 * RATE + 2 * MELS * FRAME_RATE), "the cache; CDSLM_CACHE moves it")
             make_shards({stem: stretches for stem, stretches in plan.items() if not shards[stem]}, source)
             shards = {stem: shards[stem] or open_shard(stem) for stem in plan}
     return list(shards.values())
@@ -455,10 +476,10 @@ class Corpus:
             for name, minute, frames in shard["stretches"]:
                 stretches.append((name, minute, number, start, frames))
                 start += frames
-        self.runs, self.tables = self._split(stretches, window), {}
+        self.runs, self.tables = self.split(stretches, window), {}
 
     @staticmethod
-    def _split(stretches, window):
+    def split(stretches, window):
         """{split: its runs of neighbouring blocks, rows of (shard, first frame, frames)}."""
         total = sum(frames for *_, frames in stretches)
         size = max(BLOCK_SECONDS * FRAME_RATE, 3 * window)
@@ -513,9 +534,13 @@ class Corpus:
 def open_corpus(config):
     """Build or find the cache of each of `config.data` and return the Corpus of all."""
     names = [config.data] if isinstance(config.data, str) else config.data
+    check_data(config)
     sources = [toy_source(config) if name == "toy" else folder_source(name) for name in names]
+    window = config.ctx_frames + config.gen_frames
+    Corpus.split([(s.name, s.minute, i, 0, int(s.seconds * FRAME_RATE)) for i, s in enumerate(
+        stretch for source in sources for stretch in source.stretches)], window)     # is there enough speech?
     shards = [shard for source in sources for shard in build_cache(source)]
-    corpus = Corpus(shards, config.ctx_frames + config.gen_frames)
+    corpus = Corpus(shards, window)
     for source in sources:
         corpus.skipped |= source.skipped
     if corpus.skipped:

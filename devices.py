@@ -17,9 +17,10 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from corpus import UserError, reason
+
+WITHOUT_BF16 = set("SSE41 AVX AVX2 AVX2_VNNI AVX2_VNNI_2 AVX512_CORE AVX512_CORE_VNNI".split())  # of oneDNN's names
 
 
 def decide(config):
@@ -35,12 +36,23 @@ def decide(config):
         torch.zeros(1, device=device).item()                                  # "meta" has no numbers
     except (RuntimeError, AssertionError, ImportError) as error:
         raise UserError(f"--device {name}: {reason(error)}") from None
-    hardware = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8 or device.type == "cpu" and (
-        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")                            # TF32
-    return device, torch.bfloat16 if config.dtype == "bf16" or config.dtype == "auto" and hardware else torch.float32
+    bf16 = config.dtype == "bf16" or config.dtype == "auto" and multiplies_bf16(device)
+    return device, torch.bfloat16 if bf16 else torch.float32
+
+
+def multiplies_bf16(device):
+    """Whether the device multiplies bf16 in hardware. On a CPU the instruction sets in use count as well: torch and
+    oneDNN can be told to do without the newer ones, and emulating bf16 is 30 times slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    if device.type != "cpu" or torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2"):
+        return False
+    if os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in WITHOUT_BF16:
+        return False
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def ranks():
@@ -55,16 +67,20 @@ def check_division(config, count):
                         f"of {config.micro_batch or 1} windows")
 
 
-@contextlib.contextmanager
-def together(config):
-    """Under torchrun, in touch with the other ranks. If one of them is lost, the others soon stop with a UserError."""
-    (rank, count), launched = ranks(), "WORLD_SIZE" in os.environ
-    if config.parallel == "fsdp" and not launched:
+def check_launch(config):
+    """Raise UserError if the flags don't suit the number of processes that were started."""
+    if config.parallel == "fsdp" and "WORLD_SIZE" not in os.environ:
         raise UserError("--parallel fsdp is for many devices: torchrun --nproc_per_node=8 cdslm.py --parallel fsdp ...")
     if config.parallel == "fsdp" and config.optimizer == "muon":
         raise UserError("--parallel fsdp needs --optimizer adamw: Muon updates whole matrices, not shards of them")
-    check_division(config, count)
-    if not launched:
+    check_division(config, ranks()[1])
+
+
+@contextlib.contextmanager
+def together():
+    """Under torchrun, in touch with the other ranks. If one of them is lost, the others soon stop with a UserError."""
+    rank, _ = ranks()
+    if "WORLD_SIZE" not in os.environ:
         yield rank
         return
     dist.init_process_group(timeout=datetime.timedelta(minutes=30))           # rank 0 may be writing a checkpoint
@@ -153,32 +169,6 @@ class Ahead:
         now = self.coming.get(x) or self.thread.submit(self.work, x)
         self.coming = {following: self.thread.submit(self.work, following)}
         return now.result()
-
-
-class Threads:
-    """How many threads a step runs on. Where another program keeps a processor busy, all of them wait for the one that
-    has to share it, and a step takes four times as long: one thread fewer is then faster."""
-
-    def __init__(self, fewer):
-        """`fewer`: seconds that a step takes with one thread fewer."""
-        self.all, self.fewer, self.count, self.told = torch.get_num_threads(), fewer, 0, False
-
-    def suit(self, seconds):
-        """Set the threads of the next step, told what the last one took. After 100 with one fewer all are tried."""
-        if torch.get_num_threads() < self.all:
-            self.count += 1
-            if self.count == 100:
-                torch.set_num_threads(self.all)
-                self.count = 4
-            return
-        self.count = self.count + 1 if seconds > 1.5 * self.fewer and self.all > 1 else 0
-        if self.count == 5:
-            torch.set_num_threads(self.all - 1)
-            self.count = 0
-            if not self.told:
-                tqdm.write(f"another program keeps a processor busy: going on with {self.all - 1} of {self.all} "
-                           "threads until it is free", file=sys.stderr)
-            self.told = True
 
 
 def keep_memory():

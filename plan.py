@@ -7,17 +7,15 @@ Imported by `cdslm.py` when it is needed.
 """
 import itertools
 import json
-import math
 import os
 import time
 
 import torch
 import torch.distributed as dist
 
-from cdslm import (GUIDED, STEPS, AudioAutoencoder, Diffusion, MMDiT, count, decide, levels, make_optimizers, ranks,
-                   role)
-from corpus import HOP, UserError
-from devices import check_division
+from cdslm import GUIDED, STEPS, Diffusion, MMDiT, count, decide, levels, make_optimizers, ranks, role
+from corpus import UserError
+from devices import check_division, multiplies_bf16
 
 KEPT = {torch.float32: 92, torch.bfloat16: 58}  # bytes that a token leaves in a block for the backward pass, over d
 
@@ -96,55 +94,32 @@ def print_params(config):
         print(f"{name:28} {shape:>12}  {role(model, name):7} lr {group['lr']:.3g}  wd {group['weight_decay']:.3g}")
 
 
-def forecast(config, device, dtype):
-    """Seconds that (a decoder step, a training step, one with a thread fewer) take here, from a few steps of each that
-    leave nothing behind. The last is infinite where there is no thread to spare, or a GPU."""
-    autoencoder, model = AudioAutoencoder(config.latent_dim, config.decoder).to(device), MMDiT(config).to(device)
-    optimizers, diffusion = make_optimizers(model, config), Diffusion(config)
-    micro, wave = config.micro_batch or config.batch_size, torch.randn(16, 48 * HOP, device=device)
+def seconds_a_step(config, device, dtype):
+    """Seconds that a training step takes here: the fastest of four, which leave nothing behind."""
+    model = MMDiT(config).to(device)
+    optimizers, diffusion = make_optimizers(model, config, dtype), Diffusion(config)
+    micro = config.micro_batch or config.batch_size
     ctx, x0 = (torch.randn(micro, n, config.channels, device=device) for n in (config.ctx_frames, config.gen_frames))
-
-    def decoder_step():
-        autoencoder.decoder_loss(wave, dtype).backward()
-
-    def training_step():
+    times = [time.perf_counter()]
+    for _ in range(4):
         for _ in range(config.batch_size // micro):
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 guess = config.self_condition > 0
                 diffusion.loss(model, x0, ctx, torch.ones(micro, device=device), x0, guess).mean().backward()
         for optimizer in optimizers:
             optimizer.step()
-
-    def fastest(step):
-        times = [time.perf_counter()]
-        for _ in range(4):
-            step()
-            torch.zeros(1, device=device).item()                              # a GPU is not done when it has its orders
-            times.append(time.perf_counter())
-        return min(b - a for a, b in itertools.pairwise(times))
-
-    threads = torch.get_num_threads()
-    seconds = fastest(decoder_step) if config.decoder == "neural" else 0, fastest(training_step)
-    torch.set_num_threads(max(1, threads - 1))
-    fewer = fastest(training_step) if threads > 1 and device.type == "cpu" else math.inf
-    torch.set_num_threads(threads)
-    return *seconds, fewer
+        torch.zeros(1, device=device).item()                                  # a GPU is not done when it has its orders
+        times.append(time.perf_counter())
+    return min(b - a for a, b in itertools.pairwise(times))
 
 
 def announce(config, device, dtype):
-    """Say what will be done, and how long it takes; returns the seconds of a step with one thread fewer."""
-    size = count(config)
-    print(f"{config.size}: {size['parameters'] / 1e6:.2f} M parameters on {device} in {str(dtype)[6:]}; "
+    """Print what will be trained, and on what."""
+    size, precision = count(config), str(dtype)[6:]
+    if dtype == torch.float32 and not multiplies_bf16(device):
+        precision += f" (this {device.type} has no bf16 in hardware)"
+    print(f"{config.size}: {size['parameters'] / 1e6:.2f} M parameters on {device} in {precision}; "
           f"{config.steps} steps of {config.batch_size} windows of {size['tokens']} tokens, "
           f"{size['flops'] * config.batch_size / 1e9:.3g} GFLOP a step")
-    if config.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
-        print("this torch has no Muon, as 2.9 has: AdamW turns the hidden matrices too")
     if dist.is_initialized():
         print(f"{ranks()[1]} ranks, each with {'a shard' if config.parallel == 'fsdp' else 'a copy'} of the model")
-        return math.inf
-    decoder_step, *steps = forecast(config, device, dtype)
-    step = min(steps)
-    print(f"about {decoder_step * config.decoder_steps / 60:.1f} min for the decoder and "
-          f"{step * config.steps / 60:.1f} min of training ({step:.3f} s a step), less what is done already; in a "
-          f"hurry: --steps {max(1, config.steps // 10)} --decoder griffinlim --out out/quick")
-    return steps[1]

@@ -38,7 +38,7 @@ from cdslm import (Parser, Trainer, UserError, claim, cli, count, decay_start, d
 from corpus import FRAME_RATE, lock, open_corpus, reason, replacing
 from devices import ranks
 from listener import batched, load_listener, speak
-from plan import forecast
+from plan import seconds_a_step
 from toyspeech import ToySpeech
 
 STUDY = ("--size tiny --self-condition 0 --min-snr-gamma 5 --t-shift 0 --optimizer adamw --decoder griffinlim "
@@ -140,7 +140,7 @@ def to_do(arguments, base, device, dtype):
     runs, speed, trunk, work = plan(arguments, base), {}, {}, []
     for size, budget, config in runs:
         if size not in speed:
-            speed[size] = forecast(config, device, dtype)[1]
+            speed[size] = seconds_a_step(config, device, dtype)
         if (size, budget, config.seed) not in done:
             work.append((size, budget, config, trunk.get(config.out, 0), speed[size]))
         trunk[config.out] = decay_start(config.steps)

@@ -2,19 +2,18 @@
 slows all of them alike, so read the ratios rather than the milliseconds.
 
     python tests/bench.py step                    a training step of the blocks, beside mmdit's and diffusers'
+    python tests/bench.py parts --emulate avx2    where a step of `tiny` goes; here without bf16
     python tests/bench.py sampling out/tiny       quality against evaluations of the network; draws assets/sampler.png
     python tests/bench.py speed out/tiny          how many times faster than real time it speaks
     python tests/bench.py decoder out/tiny        what is heard of generated frames, once they are sound
     python tests/bench.py data                    toy speech, log-mel beside librosa and torchaudio, batches
     python tests/bench.py startup out/tiny        seconds until --help, until the first step
-    python tests/bench.py busy                    a step while another program keeps one processor busy
     python tests/bench.py growth                  time and memory of a step against depth, window and batch
 
 `--quick` tries it all on something small. Threads are as many as OMP_NUM_THREADS says, or as there are processors.
 """
 import argparse
 import contextlib
-import math
 import os
 import re
 import resource
@@ -36,7 +35,6 @@ from torch import nn  # noqa: E402
 import cdslm  # noqa: E402
 from cdslm import Config, Diffusion, MMDiT, count, decide, load_run, make_optimizers, sample  # noqa: E402
 from corpus import FFT, FRAME_RATE, HOP, MELS, RATE, WINDOW, log_mel, open_corpus  # noqa: E402
-from devices import Threads  # noqa: E402
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -133,7 +131,7 @@ class Step:
     def __init__(self, config):
         self.config, self.dtype = config, decide(config)[1]
         self.model, self.diffusion = MMDiT(config), Diffusion(config)
-        self.optimizers = make_optimizers(self.model, config)
+        self.optimizers = make_optimizers(self.model, config, self.dtype)
         self.ctx, self.x0 = (torch.randn(config.batch_size, frames, config.channels)
                              for frames in (config.ctx_frames, config.gen_frames))
 
@@ -173,14 +171,29 @@ def bench_step(quick, _):
               f"{peak / 1e9:.0f} GFLOP/s in products of 512 x 512",
               ("blocks", "ms a step", "beside ours", "share of the peak"),
               [(name, 1e3 * s, s / seconds["ours"], block_flops(config) / s / peak) for name, s in seconds.items()])
+    bench_parts(quick)
+
+
+def bench_parts(quick, _=None):
+    """Where a step of `tiny` goes. Muon is to take at most 0.6 times as long as the network, whatever the processor."""
     step = Step(Config("tiny", batch_size=2 if quick else 32))
     step.backward(True)
     weights, average = (list(model.parameters()) for model in (step.model, MMDiT(step.config)))
-    seconds = race(2 if quick else 9, **{
-        "forward and backward": lambda: step.backward(False), "and with a first guess": lambda: step.backward(True),
-        "gradient norm": lambda: nn.utils.clip_grad_norm_(weights, 1.0), "AdamW": step.optimizers[0].step,
-        "Muon": step.optimizers[-1].step, "averaged weights": lambda: lerp(average, weights)})
-    table("Where a step of `tiny` goes", ("part", "ms"), [(name, 1e3 * s) for name, s in seconds.items()])
+    work = {"forward and backward": lambda: step.backward(False),
+            "and with self-conditioning": lambda: step.backward(True),
+            "gradient norm": lambda: nn.utils.clip_grad_norm_(weights, 1.0),
+            "AdamW": step.optimizers[0].step, "Muon": step.optimizers[-1].step, "EMA": lambda: lerp(average, weights)}
+    if hasattr(torch.optim, "Muon"):
+        matrices = step.optimizers[-1].param_groups[0]["params"]
+        work["torch's Muon (bf16, always)"] = torch.optim.Muon(matrices, lr=0.02, adjust_lr_fn="original").step
+    seconds = race(2 if quick else 9, **work)
+    network = (seconds["forward and backward"] + seconds["and with self-conditioning"]) / 2
+    table(f"Where a step of `tiny` goes, {torch.backends.cpu.get_cpu_capability()}, {str(step.dtype)[6:]}",
+          ("part", "ms", "beside the network"), [(name, 1e3 * s, s / network) for name, s in seconds.items()])
+
+
+# The processor that most laptops have: neither AVX512 nor bf16. Read when torch is loaded, hence for a child process.
+EMULATE = {"avx2": dict(ATEN_CPU_CAPABILITY="avx2", ONEDNN_MAX_CPU_ISA="AVX2", MKL_ENABLE_INSTRUCTIONS="AVX2")}
 
 
 @torch.no_grad()
@@ -277,7 +290,7 @@ def race_commands(title, commands, rounds):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# All else: data, start-up, a busy machine, growth.
+# All else: data, start-up, growth.
 
 def bench_data(quick, _):
     """Toy speech; log-mel beside the libraries'; and how long a step waits for its batch, which is made ahead."""
@@ -368,47 +381,18 @@ def first_step(folder, config):
     return seconds
 
 
-def measure(settings, rounds, fewer):
-    """Print what a step of `tiny`, so changed, takes: milliseconds, and MiB beyond those of a process that has none.
-    Its threads are as training has them if a step takes `fewer` milliseconds with one thread fewer; or all, if 0."""
+def measure(settings, rounds):
+    """Print what a step of `tiny`, so changed, takes: milliseconds, and MiB beyond those of a process that has none."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    work, threads = Step(Config("tiny", **settings)), Threads(fewer / 1e3 or math.inf)
-
-    def step():
-        begun = time.perf_counter()
-        work()
-        threads.suit(time.perf_counter() - begun)
-
-    for _ in range(8 if fewer else 0):
-        step()
-    seconds = race(rounds, step=step)["step"]
+    seconds = race(rounds, step=Step(Config("tiny", **settings)))["step"]
     print(1e3 * seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 
 
-def alone(settings, rounds, fewer=0, **environment):
+def alone(settings, rounds):
     """What `measure` says in a process of its own."""
-    code = f"import bench; bench.measure({settings!r}, {rounds}, {fewer})"
-    said = subprocess.run([sys.executable, "-c", code], env=os.environ | environment, cwd=ROOT / "tests", check=True,
-                          capture_output=True, text=True).stdout
-    return list(map(float, said.split()))
-
-
-def bench_busy(quick, _):
-    """A step with one thread, with two, and with as many as training thinks best: while the machine is free, and while
-    a program keeps a processor busy."""
-    settings, rounds = dict(batch_size=2) if quick else {}, 1 if quick else 9
-    ways = {"one thread": dict(OMP_NUM_THREADS="1"), "two": dict(OMP_NUM_THREADS="2")}
-
-    def milliseconds():
-        return {name: alone(settings, rounds, **way)[0] for name, way in ways.items()}
-
-    ways["as training does it"] = dict(OMP_NUM_THREADS="2", fewer=milliseconds()["one thread"])
-    free = milliseconds()
-    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
-        busy = milliseconds()
-        other.kill()
-    table("A step of `tiny`", ("threads", "ms when free", "ms beside a busy program", "ratio"),
-          [(name, free[name], busy[name], busy[name] / free[name]) for name in ways])
+    code = f"import bench; bench.measure({settings!r}, {rounds})"
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "tests", check=True, capture_output=True, text=True)
+    return list(map(float, said.stdout.split()))
 
 
 def bench_growth(quick, _):
@@ -436,7 +420,12 @@ def main():
     parser.add_argument("what", choices=BENCHES)
     parser.add_argument("run", nargs="?", help="a run folder, such as out/tiny; for those that show one")
     parser.add_argument("--quick", action="store_true", help="something small, to see that it works")
+    parser.add_argument("--emulate", choices=EMULATE, help="run with the instruction sets of another processor")
     arguments = parser.parse_args()
+    if arguments.emulate:
+        words = [word for word in sys.argv if word not in ("--emulate", arguments.emulate)]
+        done = subprocess.run([sys.executable, *words], env=os.environ | EMULATE[arguments.emulate])
+        raise SystemExit(done.returncode)
     if arguments.run is None and arguments.what in ("sampling", "speed", "decoder", "startup"):
         parser.error(f"{arguments.what} needs a run folder, such as out/tiny")
     cdslm.keep_memory()                                                       # as the programs do

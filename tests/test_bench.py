@@ -1,4 +1,5 @@
 """The measurements themselves: turns, FLOPs, and (slow) that every part of bench.py runs."""
+import os
 import re
 import subprocess
 import sys
@@ -39,9 +40,21 @@ def test_help_waits_for_nothing_that_only_training_needs():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", "step sampling speed data startup busy growth".split())
+@pytest.mark.parametrize("what", "step parts sampling speed data startup growth".split())
 def test_every_part_prints_a_table_of_numbers(what, trained):
     done = command("tests/bench.py", what, trained[0], "--quick")
     assert done.returncode == 0, done.stderr
     rows = [line.split("|")[-2] for line in done.stdout.splitlines() if line.startswith("| ")]
     assert sum(bool(re.search(r"\d", row)) for row in rows) >= 1
+
+
+@pytest.mark.slow
+def test_on_an_emulated_laptop_muon_is_no_slower_than_the_network():
+    """On a processor without bf16 torch's own takes 20 times as long as the network."""
+    done = command("tests/bench.py", "parts", "--emulate", "avx2", env={**os.environ, "OMP_NUM_THREADS": "2"})
+    assert done.returncode == 0, done.stderr
+    rows = {cells[1].strip(): float(cells[3]) for line in done.stdout.splitlines() if line.startswith("| ")
+            and (cells := line.split("|"))[1].strip() in ("Muon", "AdamW")}
+    print(done.stdout)
+    assert "AVX2, float32" in done.stdout and "bf16 in hardware: False" in done.stdout
+    assert rows["AdamW"] < 0.1 and rows["Muon"] < 0.7

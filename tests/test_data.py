@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -6,7 +7,8 @@ import soundfile
 import torch
 
 import corpus as room
-from corpus import HOP, RATE, UserError, keyed, keyed_noise, log_mel, open_corpus
+from cdslm import Config
+from corpus import HOP, RATE, UserError, keyed, keyed_noise, log_mel, open_corpus, toy_source
 from tests.conftest import speech_like
 
 
@@ -197,6 +199,28 @@ def test_too_little_speech_is_a_users_error(corpus, folder):
     record(folder, "a.wav", 2)
     with pytest.raises(UserError, match="too little speech"):
         corpus()
+
+
+def test_too_little_speech_is_said_before_any_is_cached(corpus, folder, cache, monkeypatch):
+    monkeypatch.setattr("corpus.build_cache", lambda source: pytest.fail("cached in vain"))
+    record(folder, "a.wav", 2)
+    with pytest.raises(UserError, match="too little speech"):
+        corpus()
+
+
+@pytest.mark.parametrize("size, seconds", [("tiny", 20), ("small", 20), ("base", 50)])
+def test_toy_utterances_are_longer_than_the_window(size, seconds):
+    """A window of 40 s can begin anywhere in the first 10."""
+    source = toy_source(Config(size, toy_hours=1.0))
+    assert {stretch.seconds for stretch in source.stretches} == {seconds}
+    assert sum(stretch.seconds for stretch in source.stretches) == pytest.approx(3600, rel=0.01)
+    assert ("s" in source.name.split("-")[-1]) == (seconds > 20)
+
+
+def test_a_disk_without_room_for_the_cache_is_said_first(small, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10 ** 6))
+    with pytest.raises(UserError, match="0.00 GiB free, .* are needed for the cache"):
+        open_corpus(small(toy_hours=0.06))
 
 
 def test_one_recording_twice_is_too_little_speech(small, tmp_path):

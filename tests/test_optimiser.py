@@ -1,4 +1,6 @@
+import functools
 import itertools
+import json
 import math
 
 import pytest
@@ -60,6 +62,97 @@ def test_the_base_is_the_base(small):
 def test_muons_rate_is_the_same_at_every_width(small):
     rates = [groups(small(width=width, optimizer="muon"))["blocks.0.gen.qkv.weight"][1]["peak"] for width in (64, 256)]
     assert rates[0] == rates[1] == small().muon_lr
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(48, 48), (144, 48), (48, 192)])
+def test_orthogonalized_matrices_keep_their_singular_vectors(shape, dtype):
+    """Singular values from 0.01 of the largest on become about 1; the vectors stay."""
+    torch.manual_seed(0)
+    u, _, v = torch.linalg.svd(torch.randn(3, *shape), full_matrices=False)
+    made = cdslm.orthogonalize(u @ torch.diag_embed(torch.logspace(0, -2, 48).expand(3, -1)) @ v, dtype).float()
+    values = (u.mT @ made @ v.mT).diagonal(dim1=1, dim2=2)                    # (3, 48)
+    assert made.shape == (3, *shape) and 0.6 < values.min() and values.max() < 1.3
+    assert (made - u @ torch.diag_embed(values) @ v).abs().max() < (1e-4 if dtype == torch.float32 else 0.05)
+
+
+def test_no_singular_value_is_blown_up():
+    """Whatever its size: the polynomials stay below 1.3 on all of [0, 1]."""
+    s = torch.linspace(0, 1, 10_001, dtype=torch.float64)
+    for a, b, c in cdslm.NEWTON_SCHULZ:
+        s = a * s + b * s ** 3 + c * s ** 5
+    assert s.min() >= 0 and s.max() < 1.3
+    assert cdslm.orthogonalize(torch.zeros(1, 4, 4), torch.float32).abs().max() == 0
+
+
+def make_matrices(optimizer):
+    """Three matrices of two shapes, and an optimiser for them."""
+    torch.manual_seed(0)
+    matrices = [torch.nn.Parameter(torch.randn(shape)) for shape in ((24, 8), (8, 24), (24, 8))]
+    return matrices, optimizer(matrices)
+
+
+def take_steps(matrices, optimizer, first, last):
+    for step in range(first, last):
+        torch.manual_seed(step)
+        for matrix in matrices:
+            matrix.grad = torch.randn_like(matrix)
+        optimizer.step()
+
+
+def ours(matrices):
+    return cdslm.Muon(matrices, 0.02, 0.1)
+
+
+def test_matrices_of_one_shape_are_updated_as_each_alone():
+    matrices, optimizer = make_matrices(ours)
+    take_steps(matrices, optimizer, 0, 3)
+    alone, one = make_matrices(lambda matrices: ours(matrices[2:]))
+    take_steps(alone, one, 0, 3)
+    assert torch.allclose(matrices[2], alone[2], atol=1e-6)
+
+
+needs_torchs = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon came with torch 2.9")
+
+
+@needs_torchs
+def test_muon_is_torchs_but_for_the_coefficients(monkeypatch):
+    """With the same polynomial as torch's, in bf16, the same weights up to rounding."""
+    monkeypatch.setattr(cdslm, "NEWTON_SCHULZ", 5 * ((3.4445, -4.7750, 2.0315),))
+    made = []
+    for optimizer in (lambda m: cdslm.Muon(m, 0.02, 0.1, dtype=torch.bfloat16),
+                      lambda m: torch.optim.Muon(m, 0.02, 0.1, momentum=0.95, adjust_lr_fn="original")):
+        matrices, optimizer = make_matrices(optimizer)
+        take_steps(matrices, optimizer, 0, 5)
+        made.append(torch.cat([matrix.detach().flatten() for matrix in matrices]))
+    start = torch.cat([matrix.detach().flatten() for matrix in make_matrices(ours)[0]])
+    assert (made[0] - made[1]).norm() < 0.02 * (made[1] - start).norm()
+
+
+@needs_torchs
+def test_a_run_begun_with_torchs_muon_goes_on(small, tmp_path, mute):
+    """Its checkpoint has groups with keys that ours has not, and no others."""
+    config = small(optimizer="muon", steps=4, eval_every=2)
+    theirs = functools.partial(torch.optim.Muon, adjust_lr_fn="original")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cdslm, "Muon", lambda matrices, lr, decay, dtype: theirs(matrices, lr, decay))
+        cdslm.train(config)
+    begun = cdslm.load(tmp_path / "run/checkpoint.pt")
+    assert any("ns_steps" in group for group in begun["optimizer"]["param_groups"])
+    cdslm.train(small(optimizer="muon", steps=8, eval_every=2))
+    made = cdslm.load(tmp_path / "run/checkpoint.pt")
+    assert made["step"] == 8 and not any("ns_steps" in group for group in made["optimizer"]["param_groups"])
+    name = "blocks.0.gen.qkv.weight"
+    assert not torch.equal(*(c["optimizer"]["state"][name]["momentum_buffer"] for c in (begun, made)))
+
+
+def test_a_checkpoint_of_another_optimiser_is_one_line(small, tmp_path, mute):
+    """As torch before 2.9 left them: AdamW updated what Muon should have."""
+    cdslm.train(small(optimizer="adamw", steps=2))
+    config = json.loads((tmp_path / "run/config.json").read_text()) | dict(optimizer="muon")
+    (tmp_path / "run/config.json").write_text(json.dumps(config))
+    with pytest.raises(cdslm.UserError, match="the state of another optimiser"):
+        cdslm.train(small(optimizer="muon", steps=4))
 
 
 def test_initial_weights_keep_the_variance(small):

@@ -1,13 +1,15 @@
 import json
+import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import cdslm
 import plan
-from cdslm import ROLES, Config, Diffusion, MMDiT
+from cdslm import ROLES, Config, Diffusion, MMDiT, UserError
 from tests.conftest import ROOT, command, flags
 
 def said(capsys, *words):
@@ -64,14 +66,19 @@ def test_what_a_step_keeps_is_what_autograd_saves(small):
         assert (bytes_kept[1] - bytes_kept[0] - softmax) / tokens / 256 == pytest.approx(kept, rel=0.2)
 
 
-def test_a_torch_without_muon_says_so(monkeypatch, small, capsys):
-    monkeypatch.setattr(plan, "forecast", lambda *_: (1.0, 1.0, 2.0))
-    config, cpu, had, said = small(optimizer="muon"), torch.device("cpu"), hasattr(torch.optim, "Muon"), []
-    for _ in range(2):
-        plan.announce(config, cpu, torch.float32)
-        said.append("no Muon" in capsys.readouterr().out)
-        monkeypatch.delattr(torch.optim, "Muon", raising=False)
-    assert said == [not had, True]
+def test_what_is_announced_tells_why_it_is_float32(monkeypatch, small, capsys):
+    for hardware in (True, False):
+        monkeypatch.setattr(plan, "multiplies_bf16", lambda device, hardware=hardware: hardware)
+        plan.announce(small(), torch.device("cpu"), torch.float32)
+        assert ("no bf16 in hardware" in capsys.readouterr().out) == (not hardware)
+
+
+@pytest.mark.parametrize("cap", [{"ATEN_CPU_CAPABILITY": "avx2"}, {"ONEDNN_MAX_CPU_ISA": "AVX2"},
+                                 {"ONEDNN_MAX_CPU_ISA": "avx512_core"}])
+def test_instruction_sets_that_may_not_be_used_do_not_count(cap):
+    """The processor may have bf16: the libraries have been told not to use it."""
+    done = command("cdslm.py", "--dry-run", "--json", "--device", "cpu", env=os.environ | cap)
+    assert json.loads(done.stdout)["dtype"] == "float32"
 
 
 def test_shards_and_checkpoints_take_less():
@@ -87,11 +94,17 @@ def test_shards_and_checkpoints_take_less():
     assert copied["optimiser"] == pytest.approx(8 * 1.01e9 / 2 ** 30, rel=0.03)
 
 
-def test_a_model_too_large_for_the_machine_is_a_users_error(tmp_path):
-    done = command("cdslm.py", *flags(size="16b", out=tmp_path / "run", device="cpu"))
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and not (tmp_path / "run").exists()
+def test_a_model_too_large_for_the_machine_is_a_users_error(tmp_path, monkeypatch):
+    """After what its checkpoints need: 1 TB."""
+    config = Config(size="16b", out=str(tmp_path / "run"), device="cpu")
+    with pytest.raises(UserError, match="are needed for its checkpoints"):
+        cdslm.train(config)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10 ** 13))
+    with pytest.raises(UserError) as error:
+        cdslm.train(config)
+    assert not (tmp_path / "run").exists()
     for word in ("--size 16b needs", "GiB on each device", "weights", "activations", "--parallel fsdp"):
-        assert word in done.stderr
+        assert word in str(error.value)
 
 
 MEASURE = f"""

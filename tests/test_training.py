@@ -1,17 +1,21 @@
 import dataclasses
+import itertools
 import json
 import math
 import os
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import cdslm
 from cdslm import Trainer, count, load, open_autoencoder, read_config, train
 from corpus import UserError, load_audio, open_corpus, uniform
-from devices import Threads
 from tests.conftest import ROOT, SMALL, command, flags, speech_like
 
 REAL = ROOT.parent / "shared/data/fsdd"
@@ -282,7 +286,7 @@ def test_a_run_leaves_what_it_should(trained):
         true, again = sounds[f"{i}_true.wav"], sounds[f"{i}_reconstruction.wav"]
         loudness = [wave[context].square().mean().sqrt().item() for wave in (true, again)]
         assert loudness[1] == pytest.approx(loudness[0], rel=0.5, abs=0.003)
-    for word in ("parameters", "cpu", "float32", "FLOP", "min", "--steps", "listen", "sample.py"):
+    for word in ("parameters", "cpu", "float32", "FLOP", "listen", "sample.py"):
         assert word in said
 
 
@@ -319,19 +323,73 @@ def test_bf16_trains_too(trainer):
     assert weights(t).dtype == torch.float32
 
 
-def test_threads_suit_a_busy_machine(monkeypatch, capsys):
-    """Five slow steps in a row: one thread fewer; after a hundred all again, until the first slow step."""
-    threads = [4]
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads[-1])
-    monkeypatch.setattr(torch, "set_num_threads", threads.append)
-    suited = Threads(fewer=1.0)
-    for seconds in 4 * [2.0] + [0.9] + 4 * [2.0]:
-        suited.suit(seconds)
-    assert threads == [4]
-    for seconds in [2.0] + 100 * [1.0] + [2.0] + 100 * [1.0] + 5 * [0.9]:
-        suited.suit(seconds)
-    assert threads == [4, 3, 4, 3, 4]
-    assert capsys.readouterr().err.count("going on with 3 of 4 threads") == 1
+class Products(TorchDispatchMode):
+    """Notes the types of all matrix products."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        if function.overloadpacket.__name__ in ("mm", "bmm", "addmm", "baddbmm", "addbmm", "linear"):
+            self.seen |= {x.dtype for x in arguments if isinstance(x, torch.Tensor)}
+        return function(*arguments, **options or {})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_run_in_float32_multiplies_nothing_in_bf16(trainer, dtype):
+    """Where bf16 is emulated, a single product in it, in the optimiser for instance, makes a step 20 times as slow."""
+    t = trainer(optimizer="muon")
+    t.dtype, t.optimizers = dtype, cdslm.make_optimizers(t.model, t.config, dtype)
+    with Products() as products:
+        t.step()
+    assert products.seen == {dtype}
+
+
+@pytest.mark.parametrize("seconds, steps", [(0.1, 4500), (0.2, 4500), (0.45, 2500), (60, 80)])
+def test_a_slow_machine_takes_fewer_steps_unless_told(capsys, monkeypatch, seconds, steps):
+    """Ten seconds were spent before. 20 minutes are enough for 4,500 steps of 0.2 s; twice the trial is the least."""
+    monkeypatch.setattr(cdslm, "LAUNCHED", time.perf_counter() - 10)
+    for given, expected in (({}, steps), (dict(steps=4500), 4500), (dict(size="small"), 40_000)):
+        config = cdslm.Config(**given)
+        full = config.steps
+        cdslm.keep_to_time(config, cdslm.TRIAL, seconds)
+        said = capsys.readouterr().out
+        assert config.steps == expected and f"minutes of training, at {seconds:.3f} s a step" in said
+        assert (f"--steps {full}" in said) == (expected < full)
+
+
+def test_a_shortened_run_stays_as_short(mute, small, monkeypatch, capsys):
+    """The same command goes on with as many steps as it chose; --steps makes it longer."""
+    monkeypatch.setitem(cdslm.SIZES, "tiny", cdslm.SIZES["tiny"] | dict(steps=60, minutes=1e-9))
+    monkeypatch.setattr(cdslm, "TRIAL", 12)
+    settings = dict(steps=None)
+    train(small(**settings))
+    assert "training for 24 instead" in capsys.readouterr().out
+    train(small(**settings))
+    assert cdslm.newest(Path(small().out))["step"] == cdslm.read_config(small().out).steps == 24
+    train(small(steps=30))
+    assert cdslm.newest(Path(small().out))["step"] == 30
+
+
+MISTAKES = {                                      # in the order in which they are told
+    "--parallel fsdp is for many devices": dict(parallel="fsdp"),
+    "--data nosuch: no such folder": dict(data="nosuch"),
+    "choose another --out": dict(out="holds"),
+    "are needed for its checkpoints": dict(width=8192, depth=64),
+}
+
+
+@pytest.mark.parametrize("first, second", [*itertools.combinations(MISTAKES, 2)])
+def test_flags_come_before_folders_and_these_before_the_disk(small, tmp_path, monkeypatch, first, second):
+    """Of two mistakes the cheaper is told, at once: nothing is synthesised, trained or written."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "holds").mkdir()
+    (tmp_path / "holds/log.jsonl").write_text("of something else")
+    monkeypatch.setattr(cdslm, "open_corpus", lambda config: pytest.fail("work began"))
+    with pytest.raises(UserError, match=first):
+        train(small(**MISTAKES[second] | MISTAKES[first]))
+    assert not (tmp_path / "run").exists()
 
 
 def test_mistyped_data_does_not_spoil_the_folder(mute, small, tmp_path):
