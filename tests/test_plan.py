@@ -10,7 +10,7 @@ import torch
 import cdslm
 import plan
 from cdslm import ROLES, Config, Diffusion, MMDiT, UserError
-from tests.conftest import ROOT, command, flags
+from tests.conftest import ROOT, command
 
 def said(capsys, *words):
     """What `python cdslm.py WORDS` prints."""
