@@ -11,7 +11,7 @@ arXiv 2604.24416), written to be read from top to bottom, in the order in which 
     Sampler        noise -> speech: DDIM, DPM-Solver++(2M), guidance, window after window
     Optimiser      how learning rates follow from width and depth, schedules, averaged weights
     Checkpoints    written whole or not at all; the same command resumes
-    Training       the loop, on one device or many (devices.py; plan.py says beforehand what a run takes)
+    Training       the loop, on one device or many (devices.py; lab/plan.py says beforehand what a run takes)
     main           the command line
 
     python cdslm.py --size tiny                         ten minutes on two CPU cores; then listen to out/tiny/*.wav
@@ -51,6 +51,8 @@ from devices import (Ahead, check_launch, compiled, decide, from_rank_0, interru
                      ranks, shard, state_dicts, together)
 
 LAUNCHED = time.perf_counter()
+if __name__ == "__main__":
+    sys.modules["cdslm"] = sys.modules["__main__"]  # what the lab imports is this program, not a second one
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Config. One dial, the depth L: the width is 128 L [paper], heads are 64 wide, and `--size` names a depth with the
@@ -1037,7 +1039,7 @@ class Trainer:
 
 def train(config):
     """From a config to a run folder full of sound. The same config goes on where it stopped."""
-    import plan                                                               # which imports this file
+    from lab import plan
     device, dtype = decide(config)
     check_launch(config)                                                      # flags, folders, room, and then the rest
     check_data(config)
@@ -1143,6 +1145,17 @@ def listen(folder, device="cpu", number=4):
     print(f"listen to {folder}/1_generated.wav: {config.ctx_seconds:g} s of a held-out recording, then the model; "
           f"1_true.wav is how it really went on, 1_reconstruction.wav what the decoder alone costs.\n"
           f"next: python sample.py {folder} --num 8 --seconds 10      then: python eval_pjsd.py {folder}")
+    open_page(folder, config)
+
+
+def open_page(folder, config, *written):
+    """Write the listening page, if the lab is there (see `lab.page.write_page`)."""
+    try:
+        from lab.page import write_page
+    except ModuleNotFoundError:
+        print("(lab/page.py is not here: no index.html is written)")
+        return
+    write_page(folder, config, *written)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1194,7 +1207,7 @@ def cli(main):
 
 
 def main():
-    import plan
+    from lab import plan
     config = parse()
     (plan.dry_run if config.dry_run else plan.print_params if config.print_params else train)(config)
 

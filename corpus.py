@@ -300,7 +300,7 @@ def pcm(wave):
 
 def toy_source(config):
     """The toy corpus: stretches of 20 s, or longer where windows are, each a speaker of its own."""
-    from toyspeech import VERSION, ToySpeech
+    from lab.toyspeech import VERSION, ToySpeech
     toy, seconds = ToySpeech(config.toy_languages, config.toy_words), 20.0
     while seconds < 1.25 * (config.ctx_seconds + config.gen_seconds):         # so that a window can begin anywhere
         seconds += 10

@@ -3,7 +3,7 @@
 Speech is turned into phones, and the phoneme n-grams of generated and of real speech, n = 1 ... 5, are compared by the
 Jensen-Shannon divergence [paper] in bits: 0 if both are distributed alike, 1 if they share nothing. Little speech looks
 unlike anything, even more of its kind, so each value stands beside its *floor*: as much real speech, judged alike. Of
-toy speech, heard by `listener.py`, the truth is known: there, what the paper could only play is measured as well.
+toy speech, heard by `lab/listener.py`, the truth is known: there, what the paper could only play is measured as well.
 
     python eval_pjsd.py out/tiny                                                  a run: it speaks, we judge
     python eval_pjsd.py --generated mine --reference real --recognizer hama       any two folders of audio
@@ -24,8 +24,8 @@ from tqdm import tqdm
 from cdslm import CFG, STEPS, Parser, cli, guided, load_run, sample
 from corpus import (AUDIO_FILES, FRAME_RATE, HOP, RATE, UserError, load_audio, log_mel, open_corpus, reason, replacing,
                     resample)
-from listener import batched, decided, draw_decided, error_rate, load_listener, speak, toy_truth
-from toyspeech import ToySpeech
+from lab.listener import batched, decided, draw_decided, error_rate, load_listener, speak, toy_truth
+from lab.toyspeech import ToySpeech
 
 NS, ENOUGH, BLOCKS = (1, 2, 3, 4, 5), 200, 20  # n-grams; phones that a value needs; blocks of the jackknife
 SIDES = "generated", "reference", "true"

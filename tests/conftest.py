@@ -52,8 +52,9 @@ def mute(monkeypatch):
 
 
 def command(*words, cwd=ROOT, **options):
-    """Run a program of the repository -> CompletedProcess with text output."""
-    program = [sys.executable, str(ROOT / words[0]), *map(str, words[1:])]
+    """Run a program of the repository, such as cdslm.py or lab.bench -> CompletedProcess with text output."""
+    program = ["-m", words[0]] if words[0].startswith("lab.") else [ROOT / words[0]]
+    program = [sys.executable, *map(str, [*program, *words[1:]])]
     return subprocess.run(program, cwd=cwd, capture_output=True, text=True, timeout=300, **options)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cdslm import AudioAutoencoder, Config, decide, fit_autoencoder, open_autoencoder, save
-from listener import load_listener
+from lab.listener import load_listener
 from corpus import DECODER_FFT, HOP, MELS, RATE, UserError, griffin_lim, istft, keyed, log_mel, open_corpus, stft, unmel
 
 REAL = Path(__file__).parents[2] / "shared/data/fsdd"

@@ -19,7 +19,7 @@ import torch
 
 import cdslm
 import corpus
-import plan
+from lab import plan
 from cdslm import load, newest, save, train
 from corpus import UserError, open_corpus
 from tests.conftest import ROOT, SMALL, command, flags

@@ -271,7 +271,7 @@ def test_dead_bands_are_counted(corpus, folder):
 
 
 def test_toy_speech_is_the_corpus_of_toyspeech(small):
-    from toyspeech import ToySpeech
+    from lab.toyspeech import ToySpeech
     opened = open_corpus(small())
     assert seconds_cached(opened) == 9 * 20
     heard = opened.windows("audio", "valid", [0], 96)[0]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import cdslm
-import plan
+from lab import plan
 from cdslm import ROLES, Config, Diffusion, MMDiT, UserError
 from tests.conftest import ROOT, command
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-import laws
-import scaling
+from lab import laws
+from lab import scaling
 from cdslm import Trainer, UserError, load_run
-from laws import Law, edge, fit, fuse, optimum, parabola, read, study
-from listener import Listener
+from lab.laws import Law, edge, fit, fuse, optimum, parabola, read, study
+from lab.listener import Listener
 from tests.conftest import SMALL, command, flags
 
 CHINCHILLA = Law(1.82, 482, 2085, 0.348, 0.366)        # Besiroglu et al. 2024
@@ -303,7 +303,7 @@ def test_what_is_no_table_is_one_line(tmp_path):
                           ("bytes.csv", "neither CSV nor JSONL"), ("none.csv", "No such file"), (".", "No such file")):
         with pytest.raises(UserError, match=message):
             read(tmp_path / name)
-    done = command("scaling.py", "fit", tmp_path / "none.csv")
+    done = command("lab.scaling", "fit", tmp_path / "none.csv")
     assert done.returncode == 2 and done.stderr == f"error: {tmp_path}/none.csv: No such file or directory\n"
 
 

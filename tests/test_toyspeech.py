@@ -5,8 +5,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from listener import ngrams
-from toyspeech import HOP, PHONEMES, RATE, STYLES, SYMBOLS, VERSION, ToySpeech
+from lab.listener import ngrams
+from lab.toyspeech import HOP, PHONEMES, RATE, STYLES, SYMBOLS, VERSION, ToySpeech
 
 
 @pytest.fixture(scope="module")

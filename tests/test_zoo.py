@@ -14,7 +14,7 @@ import soundfile
 import torch
 
 import cdslm
-import plan
+from lab import plan
 import sample
 from corpus import AUDIO_FILES, RATE, UserError, folder_source, load_audio, open_corpus, printable
 from tests.conftest import speech_like

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from cdslm import load, save
 from corpus import FRAME_RATE, HOP, MELS, UserError, cache_root, fingerprint, keyed_noise, log_mel, replacing
-from toyspeech import STYLES, SYMBOLS, VERSION, VOWELS, ToySpeech
+from lab.toyspeech import STYLES, SYMBOLS, VERSION, VOWELS, ToySpeech
 
 LEAD = 20                              # frames left out at the start of an utterance, which is silent
 

@@ -1,11 +1,11 @@
 """What does each choice buy? Small models, judged by the language of what they say, over two seeds.
 
-    python tests/ablate.py            the paper's ablations, each on its own; twenty minutes a seed on one core
-    python tests/ablate.py words      what brought words sooner, one thing after the other; half an hour a seed
-    python tests/ablate.py [words] --table     what is in results/, as a table for the README
+    python -m lab.ablate            the paper's ablations, each on its own; twenty minutes a seed on one core
+    python -m lab.ablate words      what brought words sooner, one thing after the other; half an hour a seed
+    python -m lab.ablate [words] --table     what is in lab/results/, as a table for the README
 
-(The ablations in results/ are older: uncentred queries and keys, 48 evaluations, guided by 1.25 at every level. Delete
-that file to have them all anew.)
+(The ablations in lab/results/ are older: uncentred queries and keys, 48 evaluations, guided by 1.25 at every level.
+Delete that file to have them all anew.)
 
 Either goes on where it stopped; `--seed 1` does that seed alone, so that two processors can share the work. A model is
 `tiny` with the flags of `BASE`. Its frames are heard without a decoder, so that nothing but the model counts.
@@ -18,13 +18,13 @@ from pathlib import Path
 
 import torch
 
+import cdslm
+import eval_pjsd
+from corpus import log_mel, open_corpus
+from lab.listener import batched, load_listener, speak, toy_truth
+from lab.toyspeech import ToySpeech
+
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-import cdslm  # noqa: E402
-import eval_pjsd  # noqa: E402
-from corpus import log_mel, open_corpus  # noqa: E402
-from listener import batched, load_listener, speak, toy_truth  # noqa: E402
-from toyspeech import ToySpeech  # noqa: E402
 
 STUDY, SEEDS = "words" if "words" in sys.argv else "ablations", (0, 1)
 SCHEDULES = [f"--schedule {name}{zero}" for name in ("cosine", "linear", "exponential")
@@ -40,7 +40,7 @@ else:
     wide = "--depth 2 --width 256 --min-snr-gamma 5"
     CHANGES = [f"{wide} --t-shift 0 --muon-lr 0.01 --self-condition 0", f"{wide} --t-shift 0 --muon-lr 0.01", wide,
                "--min-snr-gamma 5", "--min-snr-gamma 1", "", "--optimizer adamw"]
-RESULTS = ROOT / f"results/{STUDY}.csv"
+RESULTS = ROOT / f"lab/results/{STUDY}.csv"
 FIELDS = {"flags": None, "cfg": None, "seed": None, "minutes": 1, "loss": 4, "pjsd1": 3, "pjsd2": 3, "pjsd3": 3,
           "words": 3, "language": 3}                                      # and the digits that are worth showing
 

@@ -1,8 +1,8 @@
 """scaling: what is the best use of a compute budget? A small isoFLOP study, from the runs to the laws.
 
-    python scaling.py run --out runs/iso                                      three quarters of an hour on one core
-    python scaling.py run --budgets 4e12,1.2e13,4e13,1.2e14 --out runs/iso    some hours: steadier laws
-    python scaling.py fit runs/iso --plot runs/iso.png                        fit the laws, draw them
+    python -m lab.scaling run --out runs/iso                                      three quarters of an hour on one core
+    python -m lab.scaling run --budgets 4e12,1.2e13,4e13,1.2e14 --out runs/iso    some hours: steadier laws
+    python -m lab.scaling fit runs/iso --plot runs/iso.png                        fit the laws, draw them
 
 `run` trains toy speech as the paper trains (its loss, AdamW, no first guesses), but predicts x0, lest narrow models
 measure their patches. Sizes have two blocks (CHOICE; one has four, where widths leave a gap), so that only the width
@@ -10,7 +10,7 @@ varies, and muP carries the learning rate over. Up to where its decay begins, a 
 a size gives every budget, each by a short decay branch. The same command goes on where it stopped.
 On a cluster, start one job a size, with the same --out:
 
-    for size in 2x48 2x64 4x64 2x128 2x192 2x256; do sbatch --wrap "python scaling.py run --only $size"; done
+    for size in 2x48 2x64 4x64 2x128 2x192 2x256; do sbatch --wrap "python -m lab.scaling run --only $size"; done
 
 Any flag of cdslm.py may follow: `--data DIR`, `--seed 7`, `--batch-size 64`. Each run is a line of OUT/runs.jsonl: N
 parameters, D tokens of both streams, C training FLOPs (exact; 6ND beside it), loss, pJSD, seconds of its own.
@@ -32,14 +32,14 @@ from tqdm import tqdm
 
 import cdslm
 import eval_pjsd
-import laws
+from lab import laws
 from cdslm import (Parser, Trainer, UserError, claim, cli, count, decay_start, decide, interruptible, newest,
                    open_autoencoder, sample, write_config)
 from corpus import FRAME_RATE, lock, open_corpus, reason, replacing
 from devices import ranks
-from listener import batched, load_listener, speak
-from plan import seconds_a_step
-from toyspeech import ToySpeech
+from lab.listener import batched, load_listener, speak
+from lab.plan import seconds_a_step
+from lab.toyspeech import ToySpeech
 
 STUDY = ("--size tiny --self-condition 0 --min-snr-gamma 5 --t-shift 0 --optimizer adamw --decoder griffinlim "
          "--toy-hours 20 --warmup 50").split()
@@ -153,8 +153,8 @@ def run(arguments, flags):
     """Train what the grid lacks, a line of runs.jsonl for each run; a failed one says why, and is tried again."""
     base, out, failed = cdslm.parse(STUDY + flags), arguments.out, 0
     if ranks()[1] > 1 or base.parallel == "fsdp":
-        raise UserError("scaling.py trains on one device; start torchrun cdslm.py for each run, and write its N, D, C "
-                        "and loss to a CSV for scaling.py fit")
+        raise UserError("lab.scaling trains on one device; start torchrun cdslm.py for each run, and write its N, D, C "
+                        "and loss to a CSV for lab.scaling fit")
     device, dtype = decide(base)
     work, total = to_do(arguments, base, device, dtype)
     if base.dry_run or not work:
@@ -184,7 +184,7 @@ def run(arguments, flags):
                 lines = [json.dumps(line) + "\n" for line in [*written(out / "runs.jsonl"), row]]
                 temporary.write_text("".join(lines))
     print("stopped; the same command goes on from there" if signals else
-          f"{len(work) - failed} runs done, {failed} failed; next: python scaling.py fit {out}")
+          f"{len(work) - failed} runs done, {failed} failed; next: python -m lab.scaling fit {out}")
     if signals or failed:
         raise SystemExit(128 + signals[0] if signals else 1)
 

@@ -1,14 +1,14 @@
 """bench: how fast, and beside whom? Each table holds medians measured in turns in one run: whatever slows the machine
 slows all of them alike, so read the ratios rather than the milliseconds.
 
-    python tests/bench.py step                    a training step of the blocks, beside mmdit's and diffusers'
-    python tests/bench.py parts --emulate avx2    where a step of `tiny` goes; here without bf16
-    python tests/bench.py sampling out/tiny       quality against evaluations of the network; draws assets/sampler.png
-    python tests/bench.py speed out/tiny          how many times faster than real time it speaks
-    python tests/bench.py decoder out/tiny        what is heard of generated frames, once they are sound
-    python tests/bench.py data                    toy speech, log-mel beside librosa and torchaudio, batches
-    python tests/bench.py startup out/tiny        seconds until --help, until the first step
-    python tests/bench.py growth                  time and memory of a step against depth, window and batch
+    python -m lab.bench step                    a training step of the blocks, beside mmdit's and diffusers'
+    python -m lab.bench parts --emulate avx2    where a step of `tiny` goes; here without bf16
+    python -m lab.bench sampling out/tiny       quality against evaluations of the network; draws a figure for docs/
+    python -m lab.bench speed out/tiny          how many times faster than real time it speaks
+    python -m lab.bench decoder out/tiny        what is heard of generated frames, once they are sound
+    python -m lab.bench data                    toy speech, log-mel beside librosa and torchaudio, batches
+    python -m lab.bench startup out/tiny        seconds until --help, until the first step
+    python -m lab.bench growth                  time and memory of a step against depth, window and batch
 
 `--quick` tries it all on something small. Threads are as many as OMP_NUM_THREADS says, or as there are processors.
 """
@@ -25,16 +25,16 @@ import tempfile
 import time
 from pathlib import Path
 
+
+import numpy as np
+import torch
+from torch import nn
+
+import cdslm
+from cdslm import Config, Diffusion, MMDiT, count, decide, load_run, make_optimizers, sample
+from corpus import FFT, FRAME_RATE, HOP, MELS, RATE, WINDOW, log_mel, open_corpus
+
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from torch import nn  # noqa: E402
-
-import cdslm  # noqa: E402
-from cdslm import Config, Diffusion, MMDiT, count, decide, load_run, make_optimizers, sample  # noqa: E402
-from corpus import FFT, FRAME_RATE, HOP, MELS, RATE, WINDOW, log_mel, open_corpus  # noqa: E402
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -210,8 +210,8 @@ EVALUATIONS, GUIDANCE, FINEST = (4, 8, 16, 32, 64), (1, 2, 4), 256
 def bench_sampling(quick, run):
     """Toy runs: pJSD against fresh speech, and the distance to where FINEST evaluations lead from the same noise."""
     from eval_pjsd import CONTEXTS, REFERENCE, compare
-    from listener import batched, load_listener, speak
-    from toyspeech import ToySpeech
+    from lab.listener import batched, load_listener, speak
+    from lab.toyspeech import ToySpeech
     (config, model, autoencoder), listener = load_run(run), load_listener()
     n, m, evaluations = config.ctx_frames, config.gen_frames, EVALUATIONS[:2] if quick else EVALUATIONS
     toy, finest = ToySpeech(config.toy_languages, config.toy_words), 8 if quick else FINEST
@@ -238,7 +238,7 @@ def bench_sampling(quick, run):
           f"beside {finest} evaluations of dpm",
           ("sampler", "evaluations", "cfg", "pJSD 1", "pJSD 2", "pJSD 3", "error"), rows)
     if not quick:
-        draw_sampling(rows, ROOT / "assets" / "sampler.png")
+        draw_sampling(rows, ROOT / "docs/figures" / "sampler.png")
 
 
 def draw_sampling(rows, path):
@@ -294,7 +294,7 @@ def race_commands(title, commands, rounds):
 
 def bench_data(quick, _):
     """Toy speech; log-mel beside the libraries'; and how long a step waits for its batch, which is made ahead."""
-    from toyspeech import ToySpeech
+    from lab.toyspeech import ToySpeech
     seconds, toy = 5 if quick else 60, ToySpeech()
     wave, number = 0.1 * torch.randn(1, seconds * RATE), iter(range(10 ** 6))
     work = {"toy speech": lambda: toy.utterance(next(number), seconds), "log-mel": lambda: log_mel(wave)}
@@ -330,8 +330,8 @@ def bench_decoder(quick, run):
     """Frames that were generated beside true ones: how far from them is what is heard of the sound they became? Beside
     Griffin-Lim; phones are those that a recogniser hears in the frames, and in the sound."""
     from eval_pjsd import CONTEXTS
-    from listener import batched, load_listener, phone_errors, speak
-    from toyspeech import ToySpeech
+    from lab.listener import batched, load_listener, phone_errors, speak
+    from lab.toyspeech import ToySpeech
     (config, model, autoencoder), listener = load_run(run), load_listener()
     toy, n, m = ToySpeech(config.toy_languages, config.toy_words), config.ctx_frames, config.gen_frames
     waves = speak(toy, CONTEXTS, 4 if quick else 60, n + m, "contexts", n)[0]
@@ -390,8 +390,8 @@ def measure(settings, rounds):
 
 def alone(settings, rounds):
     """What `measure` says in a process of its own."""
-    code = f"import bench; bench.measure({settings!r}, {rounds})"
-    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "tests", check=True, capture_output=True, text=True)
+    code = f"from lab import bench; bench.measure({settings!r}, {rounds})"
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
     return list(map(float, said.stdout.split()))
 
 
@@ -423,8 +423,8 @@ def main():
     parser.add_argument("--emulate", choices=EMULATE, help="run with the instruction sets of another processor")
     arguments = parser.parse_args()
     if arguments.emulate:
-        words = [word for word in sys.argv if word not in ("--emulate", arguments.emulate)]
-        done = subprocess.run([sys.executable, *words], env=os.environ | EMULATE[arguments.emulate])
+        words = [word for word in sys.argv[1:] if word not in ("--emulate", arguments.emulate)]
+        done = subprocess.run([sys.executable, "-m", "lab.bench", *words], env=os.environ | EMULATE[arguments.emulate])
         raise SystemExit(done.returncode)
     if arguments.run is None and arguments.what in ("sampling", "speed", "decoder", "startup"):
         parser.error(f"{arguments.what} needs a run folder, such as out/tiny")

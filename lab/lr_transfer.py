@@ -1,11 +1,11 @@
 """Does the best learning rate of a small model serve a large one? Sweeps over width and over depth, with muP and with
 standard parametrisation, where every size has the same rates, decay and residual scale.
 
-    python tests/lr_transfer.py            an hour and a half on one core; goes on where it stopped
-    python tests/lr_transfer.py --draw     draws what is there: assets/transfer.png
+    python -m lab.lr_transfer            an hour and a half on one core; goes on where it stopped
+    python -m lab.lr_transfer --draw     draws what is there: docs/figures/transfer.png
 
-A line of results/lr_transfer.csv is one run: tiny's window, AdamW, 200 steps of 16 windows, and its validation loss.
-The regret of a size is what its loss at the best rate of the smallest size is above its loss at its own best rate.
+A line of lab/results/lr_transfer.csv is one run: tiny's window, AdamW, 200 steps of 16 windows, and its validation
+loss. The regret of a size is what its loss at the best rate of the smallest size is above its loss at its own best.
 """
 import csv
 import itertools
@@ -15,12 +15,12 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-import cdslm  # noqa: E402
-from corpus import open_corpus  # noqa: E402
+import cdslm
+from corpus import open_corpus
 
-RESULTS, FIGURE = ROOT / "results/lr_transfer.csv", ROOT / "assets/transfer.png"
+ROOT = Path(__file__).parents[1]
+
+RESULTS, FIGURE = ROOT / "lab/results/lr_transfer.csv", ROOT / "docs/figures/transfer.png"
 STEPS, SEEDS, AXES = 200, (0, 1), {"width": [(64, 2), (128, 2), (256, 2), (512, 2)],
                                    "depth": [(128, 1), (128, 2), (128, 4), (128, 8)]}
 RATES = {"muP": [2.0 ** i for i in range(-11, -6)], "standard": [2.0 ** i for i in range(-10, -4)]}

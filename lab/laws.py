@@ -28,7 +28,7 @@ SAMPLES = 200      # of the bootstrap
 # The table of runs.
 
 def read(path):
-    """A folder of `scaling.py run`, a CSV or a JSONL -> runs, notes on what was left out. Runs are sorted by C and N:
+    """A folder of `lab.scaling run`, a CSV or a JSONL -> runs, notes on what was left out. Runs are sorted by C and N:
     {N, D, C, loss: (n,), group: (n,), which isoFLOP} and, if they are there, pjsd and pjsd_floor (n, K). What is not
     given of N, D and C follows from C = 6ND."""
     path = Path(path)
@@ -75,7 +75,7 @@ def number(cell):
 
 def choose(rows, values, good):
     """Which of the rows count, and notes on the others: a run that is there twice counts as it is there last."""
-    names = "size", "budget", "seed"                              # of a run of `scaling.py run`
+    names = "size", "budget", "seed"                              # of a run of `lab.scaling run`
     ours = all(name in row for name in names for row in rows)
     last = {tuple(row[name] for name in names) if ours else tuple(map(str, values[i])): i for i, row in enumerate(rows)}
     notes = [f"{len(rows) - len(last)} rows for runs that have a later row"] * (len(last) < len(rows))
@@ -306,7 +306,7 @@ def held_out(runs):
 
 
 def study(runs, notes):
-    """Everything that the runs say, as `scaling.py fit --json` writes it."""
+    """Everything that the runs say, as `lab.scaling fit --json` writes it."""
     N, D, C, loss = (runs[name] for name in ("N", "D", "C", "loss"))
     members = [np.flatnonzero(runs["group"] == group) for group in np.unique(runs["group"])]
     budgets, (k, p), law = [float(np.exp(np.log(C[i]).mean())) for i in members], cost(N, D, C), fit(N, D, loss)

@@ -1,0 +1,1 @@
+"""What a researcher adds to cdslm; `lab/README.md` says what each file is for."""
