@@ -14,6 +14,7 @@ import torch
 import cdslm
 import sample as speak
 from corpus import FRAME_RATE, HOP, RATE, UserError, load_audio
+from lab.page import making
 from tests.conftest import command, speech_like
 
 
@@ -188,7 +189,7 @@ def test_the_page_has_the_command_that_makes_such_a_run(folder, say):
     assert cdslm.parse(shlex.split(line)[2:]) == cdslm.read_config(folder)
     for data in ("it's <odd> & \"so\"", ["a b", "c"]):
         odd = cdslm.Config(data=data, zero_terminal_snr=True, t_shift=-1.0, depth=3, out="a b")
-        line = html.unescape(speak.making(odd).removeprefix("<pre>").split("</pre>")[0])
+        line = html.unescape(making(odd).removeprefix("<pre>").split("</pre>")[0])
         assert cdslm.parse(shlex.split(line)[2:]) == odd
 
 
