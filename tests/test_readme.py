@@ -1,22 +1,33 @@
 import re
 import shlex
+import subprocess
+import sys
 
 import pytest
 import soundfile
 import torch
 
 import cdslm
+import eval_pjsd
 import sample
+from lab import scaling
 from tests.conftest import ROOT, SMALL, flags, speech_like
 
 README = ROOT / "README.md"
+PAGES = [README, *(ROOT / f"docs/{name}.md" for name in ("exercises", "notebook", "results", "fidelity", "faults"))]
+PROGRAMS = ("sample.py", "eval_pjsd.py", "lab/scaling.py", "lab/bench.py", "lab/ablate.py", "lab/lr_transfer.py")
 FEW = flags(**{key: SMALL[key] for key in ("depth", "width", "toy_hours", "decoder", "ctx_seconds", "gen_seconds")})
 
 
+def text():
+    """README.md and docs/*.md, one after the other, in the order in which their code runs."""
+    return "\n".join(page.read_text() for page in PAGES)
+
+
 def commands(start):
-    """Commands of the README's fenced blocks that begin with `start`, as lists of words without comments."""
-    text = README.read_text() if README.exists() else ""
-    lines = [line.split("#")[0] for block in re.findall(r"```\w*\n(.*?)```", text, re.S) for line in block.splitlines()]
+    """Commands of the pages' fenced blocks that begin with `start`, as lists of words without comments."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text(), re.S | re.M)
+    lines = [line.split("#")[0] for block in blocks for line in block.splitlines()]
     parts = [part.strip() for line in lines for part in line.split("&&")]
     return [shlex.split(part) for part in parts if part.startswith(start)]
 
@@ -35,8 +46,6 @@ def run():
 def folder(run, tmp_path_factory):
     """A working folder with the run that the README makes first, of few steps."""
     words = commands("python cdslm.py --size tiny")
-    if not words:
-        pytest.skip("the README has no training command yet")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder := tmp_path_factory.mktemp("readme"))
         run(words[0][1:] + FEW + ["--steps", "2", "--batch-size", "2"])
@@ -44,11 +53,33 @@ def folder(run, tmp_path_factory):
 
 
 def test_both_first_commands_are_there():
-    if not README.exists():
-        pytest.skip("no README yet")
-    text = README.read_text()
-    assert "pip install -r requirements.txt && python cdslm.py --size tiny\n" in text
-    assert "pip install -r requirements.txt pytest && python -m pytest\n" in text
+    page = README.read_text()
+    assert "pip install -r requirements.txt && python cdslm.py --size tiny\n" in page.split("\n## Hear it\n")[1]
+    assert "pip install -r requirements.txt pytest && python -m pytest\n" in page
+
+
+def test_the_front_page_is_short():
+    assert len(README.read_text().splitlines()) <= 260
+    assert len(README.read_text().split()) <= 3000
+
+
+def test_every_page_of_docs_is_known():
+    assert {page.name for page in (ROOT / "docs").glob("*.md")} == {page.name for page in PAGES[1:]}
+
+
+def headings(page):
+    """The anchors that GitHub gives a page's headings."""
+    found = re.findall(r"^#+ (.*)", page.read_text(), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in found}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_somewhere(page):
+    for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text()):
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.is_file(), link
+        assert not anchor or anchor in headings(target), link
 
 
 def test_continuous_integration_runs_the_readmes_tests():
@@ -65,6 +96,38 @@ def test_every_training_command_is_understood():
         cdslm.parse(words[2:])
 
 
+def test_there_are_commands_for_many_devices():
+    assert {"ddp", "fsdp"} <= {"fsdp" if "fsdp" in words else "ddp" for words in commands("torchrun")}
+
+
+@pytest.mark.parametrize("words", commands("torchrun"), ids=" ".join)
+def test_every_command_for_many_devices_runs(words, tmp_path):
+    """With its own window and toy speech, but as two processes on a CPU, with a small network and two steps."""
+    program = words.index("cdslm.py")
+    few = flags(depth=1, width=64, steps=2, batch_size=2, toy_hours=0.1, decoder="griffinlim", device="cpu", out="run")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*launch, ROOT / "cdslm.py", *words[program + 1:], *few], cwd=tmp_path, capture_output=True,
+                          text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "2 ranks" in done.stdout and (tmp_path / "run/1_generated.wav").exists()
+    assert cdslm.load(tmp_path / "run/checkpoint.pt")["step"] == 2
+
+
+def test_every_training_command_runs(run, tmp_path, monkeypatch):
+    """As they stand, with few steps; recordings that are not here are replaced by others."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recordings").mkdir()
+    for number in range(3):
+        soundfile.write(tmp_path / f"recordings/{number}.wav", speech_like(90, 8000, number), 8000)
+    for number, words in enumerate(commands("python cdslm.py")):
+        words = [word for word in words[1:] if word not in ("--out", "--data")]
+        words = [word for word in words if not re.match("out/|[Ll]ib|LJ|my_", word)]
+        data = ["--data", "recordings"] if "--data" in commands("python cdslm.py")[number] else []
+        few = flags(depth=1, width=64, steps=1, batch_size=2, toy_hours=0.1, decoder="griffinlim", out=f"out/{number}")
+        run([*words, *data, *few])
+        assert cdslm.load(tmp_path / f"out/{number}/checkpoint.pt")["step"] == 1 or "--dry-run" in words
+
+
 def test_every_sampling_command_runs(folder, run):
     """As they stand, with few steps; runs and prompts that are not here are replaced by those that are."""
     soundfile.write(folder / "prompt.wav", speech_like(1.0), 24_000)
@@ -76,21 +139,31 @@ def test_every_sampling_command_runs(folder, run):
         run(words + ["--steps", "2"])
 
 
-def test_every_flag_the_readme_names_exists():
-    if not README.exists():
-        pytest.skip("no README yet")
+def test_every_judging_and_scaling_command_is_understood():
+    assert commands("python eval_pjsd.py") and commands("python -m lab.scaling")
+    for words in commands("python eval_pjsd.py"):
+        eval_pjsd.parse(words[2:])
+    for words in commands("python -m lab.scaling"):
+        scaling.parse(words[3:])
+
+
+def test_every_module_that_the_pages_run_exists():
+    modules = set(re.findall(r"python -m (lab\.\w+)", text()))
+    assert {"lab.scaling", "lab.bench", "lab.ablate", "lab.lr_transfer"} <= modules
+    assert all((ROOT / (module.replace(".", "/") + ".py")).exists() for module in modules)
+
+
+def test_every_flag_the_pages_name_exists():
     known = {"--" + name.replace("_", "-") for name in cdslm.Config.__dataclass_fields__}
-    for program in ("sample.py", "eval_pjsd.py", "scaling.py"):
-        if (ROOT / program).exists():
-            known |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / program).read_text()))
+    for program in PROGRAMS:
+        known |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / program).read_text()))
     named = {flag for words in commands("python") for flag in words if flag.startswith("--")}
     assert named <= known | {"--slow"}
 
 
 def blocks():
-    """The README's Python, block by block."""
-    text = README.read_text() if README.exists() else ""
-    return re.findall(r"```python\n(.*?)```", text, re.S)
+    """The pages' Python, block by block."""
+    return re.findall(r"^```python\n(.*?)^```", text(), re.S | re.M)
 
 
 def test_each_main_piece_takes_five_lines_and_every_block_runs(folder):
@@ -110,17 +183,15 @@ def test_each_main_piece_takes_five_lines_and_every_block_runs(folder):
 @pytest.fixture
 def paper():
     """The paper in 40 lines, as a namespace."""
-    found = [block for block in blocks() if "def loss(" in block]
-    if not found:
-        pytest.skip("the README has no such block yet")
-    assert len(found[0].splitlines()) <= 40
+    found = [block for block in re.findall(r"```python\n(.*?)```", README.read_text(), re.S) if "def loss(" in block]
+    assert len(found) == 1 and len(found[0].splitlines()) <= 40
     exec(found[0], names := {})
     return names
 
 
 @pytest.fixture
 def velocity(small):
-    """A network that says something, and something to say: (config, model, ctx, x0, eps)."""
+    """A network whose output is not 0, and frames for it: (config, model, ctx, x0, eps)."""
     torch.manual_seed(0)
     config = small(predict="v", self_condition=0.0, t_shift=0.0, min_snr_gamma=5.0, patch_size=2)
     model = cdslm.MMDiT(config).eval().requires_grad_(False)
@@ -143,10 +214,10 @@ def test_the_paper_in_40_lines_has_the_loss_of_cdslm(paper, velocity):
 
 
 @pytest.mark.parametrize("cfg", [1, 1.5, 4])
-def test_the_paper_in_40_lines_says_what_cdslm_says(paper, velocity, cfg):
+def test_the_paper_in_40_lines_generates_what_cdslm_generates(paper, velocity, cfg):
     config, model, ctx, *_ = velocity
     noise = [cdslm.keyed_noise(3, "sample 0", i, (config.gen_frames, 80), "cpu") for i in range(len(ctx))]
-    mine = paper["speak"](model, ctx, model.silence.expand_as(ctx), torch.stack(noise), 24, cfg)
+    mine = paper["generate"](model, ctx, model.silence.expand_as(ctx), torch.stack(noise), 24, cfg)
     ours = cdslm.sample(model, ctx, steps=24, cfg=cfg, sampler="ddim", seed=3)
     assert ours.std() > 0.1 and (mine - ours).abs().max() < 1e-3
 
@@ -160,8 +231,18 @@ def test_the_paper_in_40_lines_learns(paper, velocity):
 
 
 def test_every_place_in_the_fidelity_table_exists():
-    table = README.read_text().split("## How faithful it is\n")[1].split("\n## ")[0]
-    places = re.findall(r"`(\w+\.py): ([\w.]+)`", table)
+    table = (ROOT / "docs/fidelity.md").read_text().split("# How faithful it is\n")[1].split("\n## ")[0]
+    places = re.findall(r"`([\w/]+\.py): ([\w.]+)`", table)
     assert len(places) >= 20
     for file, name in places:
         assert re.search(rf"^ *(def|class) {name.split('.')[-1]}\b|^{name} = ", (ROOT / file).read_text(), re.M), name
+
+
+def test_every_test_in_the_table_of_faults_exists():
+    """`::test_x` is a test of the file named before it."""
+    named = re.findall(r"`(test_\w+\.py)?::(test_\w+)`", (ROOT / "docs/faults.md").read_text())
+    assert len(named) >= 20
+    file = ""
+    for name, test in named:
+        file = name or file
+        assert f"def {test}(" in (ROOT / "tests" / file).read_text(), (file, test)
