@@ -1069,7 +1069,7 @@ def keep_to_time(config, done, seconds):
     no more than `minutes`, counted from the launch."""
     spent, left = (time.perf_counter() - LAUNCHED) / 60, (config.steps - done) * seconds / 60
     if config.minutes and config.lr_schedule == "wsd" and not dist.is_initialized() and done == TRIAL:
-        affordable = (0.95 * config.minutes - spent) * 60 / seconds               # the rest is for sound and validation
+        affordable = (0.85 * config.minutes - spent) * 60 / seconds    # the rest: validation, sound, a slower machine
         if affordable < config.steps - done:
             full, config.steps = config.steps, max(2 * done, int(done + affordable) // 100 * 100)
             tqdm.write(f"{full} steps would take {left:.0f} minutes here: training for {config.steps} instead; for all "

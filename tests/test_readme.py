@@ -100,6 +100,7 @@ def test_there_are_commands_for_many_devices():
     assert {"ddp", "fsdp"} <= {"fsdp" if "fsdp" in words else "ddp" for words in commands("torchrun")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", commands("torchrun"), ids=" ".join)
 def test_every_command_for_many_devices_runs(words, tmp_path):
     """With its own window and toy speech, but as two processes on a CPU, with a small network and two steps."""
@@ -113,6 +114,7 @@ def test_every_command_for_many_devices_runs(words, tmp_path):
     assert cdslm.load(tmp_path / "run/checkpoint.pt")["step"] == 2
 
 
+@pytest.mark.slow
 def test_every_training_command_runs(run, tmp_path, monkeypatch):
     """As they stand, with few steps; recordings that are not here are replaced by others."""
     monkeypatch.chdir(tmp_path)

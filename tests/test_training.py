@@ -346,7 +346,7 @@ def test_a_run_in_float32_multiplies_nothing_in_bf16(trainer, dtype):
     assert products.seen == {dtype}
 
 
-@pytest.mark.parametrize("seconds, steps", [(0.1, 4500), (0.2, 4500), (0.45, 2500), (60, 80)])
+@pytest.mark.parametrize("seconds, steps", [(0.1, 4500), (0.2, 4500), (0.45, 2200), (60, 80)])
 def test_a_slow_machine_takes_fewer_steps_unless_told(capsys, monkeypatch, seconds, steps):
     """Ten seconds were spent before. 20 minutes are enough for 4,500 steps of 0.2 s; twice the trial is the least."""
     monkeypatch.setattr(cdslm, "LAUNCHED", time.perf_counter() - 10)
