@@ -634,16 +634,15 @@ NEWTON_SCHULZ = ((8.3837, -24.7659, 18.3571), (4.0434, -3.0114, 0.5695), (3.5056
 def orthogonalize(matrices, dtype):
     """(N, rows, columns) -> matrices with the same singular vectors, whose singular values are about 1, in `dtype`.
 
-    Each step takes every singular value s to a s + b s^3 + c s^5, by matrix products alone."""
+    Each step takes every singular value s to a s + b s^3 + c s^5, by products with a Gram matrix."""
     tall = matrices.shape[1] > matrices.shape[2]
-    x = matrices.mT if tall else matrices
-    x = (x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)).to(dtype).contiguous()   # no s is larger than 1
+    x = (matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)).to(dtype)  # no s is larger than 1
     for a, b, c in NEWTON_SCHULZ:
-        gram = x @ x.mT                                                                 # (N, rows, rows)
+        gram = x.mT @ x if tall else x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)                   # b gram + c gram^2
         polynomial.diagonal(dim1=1, dim2=2).add_(a)
-        x = polynomial @ x
-    return x.mT if tall else x
+        x = x @ polynomial if tall else polynomial @ x
+    return x
 
 
 class Muon(torch.optim.Optimizer):
