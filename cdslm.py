@@ -634,15 +634,29 @@ NEWTON_SCHULZ = ((8.3837, -24.7659, 18.3571), (4.0434, -3.0114, 0.5695), (3.5056
 def orthogonalize(matrices, dtype):
     """(N, rows, columns) -> matrices with the same singular vectors, whose singular values are about 1, in `dtype`.
 
-    Each step takes every singular value s to a s + b s^3 + c s^5, by products with a Gram matrix."""
+    Each step takes every singular value s to a s + b s^3 + c s^5, by products with a polynomial of a Gram matrix."""
     tall = matrices.shape[1] > matrices.shape[2]
-    x = (matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)).to(dtype)  # no s is larger than 1
-    for a, b, c in NEWTON_SCHULZ:
-        gram = x.mT @ x if tall else x @ x.mT
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)                   # b gram + c gram^2
-        polynomial.diagonal(dim1=1, dim2=2).add_(a)
-        x = x @ polynomial if tall else polynomial @ x
-    return x
+    x = matrices.to(dtype)
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)                            # no s is larger than 1
+
+    def gram():
+        return x.mT @ x if tall else x @ x.mT
+
+    def polynomial(gram, a, b, c):
+        """a I + b gram + c gram^2"""
+        result = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        result.diagonal(dim1=1, dim2=2).add_(a)
+        return result
+
+    for coefficients in NEWTON_SCHULZ[:-2]:
+        step = polynomial(gram(), *coefficients)
+        x = x @ step if tall else step @ x
+
+    # The last two steps share a Gram matrix, since polynomials of one matrix commute: a sixth of the time.
+    start = gram()
+    third = polynomial(start, *NEWTON_SCHULZ[-2])
+    fourth = polynomial(third @ start @ third, *NEWTON_SCHULZ[-1])
+    return x @ (third @ fourth) if tall else (fourth @ third) @ x
 
 
 class Muon(torch.optim.Optimizer):
