@@ -1,71 +1,68 @@
-"""cdslm: a spoken language model by continuous diffusion, in one file. No text anywhere: it hears speech and speaks on.
+"""cdslm: a spoken language model by continuous diffusion, in one file.
 
-A reimplementation of "Scaling Properties of Continuous Diffusion Spoken Language Models" (Ramapuram et al., 2026,
-arXiv 2604.24416), written to be read from top to bottom, in the order in which data flows:
+A reimplementation of "Scaling Properties of Continuous Diffusion Spoken Language Models" (Ramapuram
+et al., 2026, arXiv 2604.24416). The model is trained on raw speech without transcripts. Given some
+seconds of speech, it generates the continuation: a diffusion transformer turns noise into log-mel
+frames, and a learned decoder turns the frames into sound. Read the file from top to bottom.
 
-    Config         one dataclass: every setting, its meaning, its flag
-    (corpus.py)    recordings -> 24 kHz samples -> log-mel, 80 bands, 80 frames a second -> a cache -> windows
-    Autoencoder    samples <-> frames; the decoder that turns frames back into sound is learned here
-    Diffusion      noise schedules, what the network predicts, the loss
-    MM-DiT         the network: two streams, context and continuation, one attention
-    Sampler        noise -> speech: DDIM, DPM-Solver++(2M), guidance, window after window
-    Optimiser      how learning rates follow from width and depth, schedules, averaged weights
-    Checkpoints    written whole or not at all; the same command resumes
-    Training       the loop, on one device or many (devices.py; lab/plan.py says beforehand what a run takes)
-    main           the command line
+Part I, the method (needs torch only)          Part II, the machinery
+  1  Config         settings and sizes           9  Files         audio and safe writing
+  2  Sound          samples <-> log-mel         10  Data          recordings, cache, windows
+  3  Autoencoder    samples <-> frames          11  Checkpoints   the same command resumes
+  4  Diffusion      noise, target, loss         12  Devices       DDP, FSDP2, bf16, compile
+  5  muP            learning rates by role      13  Training      the loop and the validation
+  6  MM-DiT         the network                 14  main          the command line
+  7  Sampler        noise -> speech
+  8  Training step  Muon, schedule, EMA, update
 
-    python cdslm.py --size tiny                         ten minutes on two CPU cores; then listen to out/tiny/*.wav
+    python cdslm.py --size tiny                         minutes on a laptop; then open out/tiny
     python cdslm.py --size tiny --data my_recordings    the same on your own recordings
     python cdslm.py --size base --data librispeech      the paper's 36 M base, for one GPU
 
-Marks in the comments: [paper] is stated there; CHOICE: the paper is silent; DEVIATION: we differ, and why.
+Symbols:  x0 clean frames      eps noise         xt = alpha x0 + sigma eps, the noisy frames
+          t in [0, 1] time     phi noise angle   alpha = cos(phi), sigma = sin(phi)
+          v = alpha eps - sigma x0, velocity     snr = alpha^2 / sigma^2
+          ctx context          gen continuation  k frames per token, d width, L depth
+Shapes:   B batch, T frames, C channels per frame (80 log-mel bands), N samples
+Marks:    [paper] stated in the paper; CHOICE: the paper is silent; DEVIATION: we differ, and why.
 """
-import argparse
 import contextlib
-import copy
 import dataclasses
 import functools
-import gc
-import json
+import hashlib
 import math
-import os
-import signal
-import sys
-import time
-import zipfile
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 
-from corpus import (DECODER_FFT, FRAME_RATE, HOP, MELS, UserError, check_data, check_room, griffin_lim, istft, keyed,
-                    keyed_noise, lock, log_mel, low_griffin_lim, open_corpus, pitch, printable, pulses, replacing,
-                    save_audio, stft, stft_distance, uniform, unmel)
-from devices import (Ahead, check_launch, compiled, decide, from_rank_0, interruptible, keep_memory, rank_0_first,
-                     ranks, shard, state_dicts, together)
 
-LAUNCHED = time.perf_counter()
-if __name__ == "__main__":
-    sys.modules["cdslm"] = sys.modules["__main__"]  # what the lab imports is this program, not a second one
+# ==================================================================================================
+# PART I: THE METHOD
+# ==================================================================================================
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Config. One dial, the depth L: the width is 128 L [paper], heads are 64 wide, and `--size` names a depth with the
-# window and the budget that suit it. Any field overrides it: `--steps 500`, `Config(size="tiny", steps=500)`.
+# --------------------------------------------------------------------------------------------------
+# 1. Config. One dial, the depth L: the width is 128 L [paper], attention heads are 64 wide. --size
+# names a depth together with a window and a training budget. Every field is also a flag.
 
-PAPER = dict(ctx_seconds=10.0, gen_seconds=30.0, patch_size=4, predict="v", self_condition=0.0,
-             min_snr_gamma=5.0, t_shift=0.0, optimizer="adamw")
-# DEVIATION: on a laptop, predicting x0 in long patches, first guesses, a loss that is at high noise, where language is
-# decided, and Muon reach words much sooner
-LAPTOP = dict(patch_size=8, predict="x0", self_condition=0.5, min_snr_gamma=0.2, t_shift=1.0, optimizer="muon",
-              batch_size=32)
+class UserError(Exception):
+    """A mistake that the user can correct: printed as one line, exit status 2."""
+
+
+PAPER = dict(
+    ctx_seconds=10.0, gen_seconds=30.0, patch_size=4, predict="v", self_condition=0.0,
+    min_snr_gamma=5.0, t_shift=0.0, optimizer="adamw")
+# DEVIATION: small models learn words much sooner when they predict x0 in long patches with
+# self-conditioning, when the loss stresses high noise, where language is decided, and with Muon.
+LAPTOP = dict(
+    patch_size=8, predict="x0", self_condition=0.5, min_snr_gamma=0.2, t_shift=1.0,
+    optimizer="muon", batch_size=32)
 SIZES = {
-    "tiny": LAPTOP | dict(depth=4, width=192, ctx_seconds=1.0, gen_seconds=3.0, steps=4500, minutes=20.0),
+    "tiny": LAPTOP | dict(
+        depth=4, width=192, ctx_seconds=1.0, gen_seconds=3.0, steps=4500, minutes=20.0),
     "small": LAPTOP | dict(depth=3, ctx_seconds=2.0, gen_seconds=6.0, steps=40_000),
     "base": PAPER | dict(depth=4, batch_size=64, steps=100_000),
     "medium": PAPER | dict(depth=8, batch_size=256, steps=200_000),
@@ -76,70 +73,73 @@ SIZES = {
 }
 
 
-def opt(default, text, *choices, above=None, least=None, most=10 ** 9, section=None):
-    """A field of Config: its default, its meaning, what it may be, and the section of --help that begins with it."""
-    limits = dict(above=above, least=least, most=most)
-    return field(default=default, metadata=dict(text=text, choices=choices, section=section, **limits))
+def opt(default, help, *choices, above=None, least=None, most=None, section=None):
+    """A field of Config: default, help text, allowed values; `section` starts a group of --help."""
+    limits = dict(choices=choices, above=above, least=least, most=most)
+    return field(default=default, metadata=dict(help=help, section=section, limits=limits))
 
 
 @dataclass
 class Config:
     """Every setting of a run. A field left at None takes its value from `SIZES[size]`."""
-    size: str = opt("tiny", "the one dial: how deep, and with it how wide, how long a window, how many steps", *SIZES)
+    size: str = opt("tiny", "the one dial: depth, and with it width, window and steps", *SIZES)
 
-    data: str = opt("toy", "folders of recordings, searched to any depth; toy: the built-in corpus", section="data")
-    toy_words: int = opt(16, "toy speech: words in each invented language", least=2, most=1000)
-    toy_languages: int = opt(2, "toy speech: how many languages", above=0, most=100)
-    toy_hours: float = opt(3.0, "toy speech: hours to synthesise, 300 times faster than real time", above=0, most=9999)
-    ctx_seconds: float = opt(None, "seconds of speech heard before the model speaks", above=0, most=3600)
-    gen_seconds: float = opt(None, "seconds it learns to speak in one go", above=0, most=3600)
+    data: str = opt("toy", "folders of recordings, or toy: invented languages", section="data")
+    toy_words: int = opt(16, "toy speech: words in each invented language", least=2)
+    toy_languages: int = opt(2, "toy speech: number of languages", least=1)
+    toy_hours: float = opt(3.0, "toy speech: hours to synthesise", above=0)
+    ctx_seconds: float = opt(None, "seconds of context that the model sees", above=0)
+    gen_seconds: float = opt(None, "seconds that it generates at once", above=0)
 
-    latent_dim: int = opt(0, "0: diffuse log-mel (the paper); 16, say: diffuse that many learned latents a frame",
-                          least=0, most=1000, section="sound")
-    decoder: str = opt("neural", "frames to sound: learned, or Griffin-Lim (no training)", "neural", "griffinlim")
+    latent_dim: int = opt(0, "0: diffuse log-mel frames; 16: diffuse 16 learned latents per frame",
+                          least=0, section="sound")
+    decoder: str = opt("neural", "frames to sound: learned, or Griffin-Lim (no training)",
+                       "neural", "griffinlim")
     decoder_steps: int = opt(300, "training steps of the learned decoder", least=0)
 
-    depth: int = opt(None, "number of blocks L", above=0, most=256, section="network")
-    width: int = opt(None, "model width d; 128 L (tiny: 192) unless you say otherwise", above=0, most=65536)
-    patch_size: int = opt(None, "k consecutive frames make one token", above=0, most=1000)
+    depth: int = opt(None, "number of blocks L", least=1, section="network")
+    width: int = opt(None, "model width d; by default 128 L (tiny: 192)", least=1)
+    patch_size: int = opt(None, "frames per token, k", least=1)
 
-    predict: str = opt(None, "the network predicts the velocity (the paper) or the clean frames", "v", "x0",
-                       section="diffusion")
-    self_condition: float = opt(None, "share of steps that see the network's own first guess (the paper: 0)", least=0)
+    predict: str = opt(None, "the network predicts the velocity (paper) or the clean frames",
+                       "v", "x0", section="diffusion")
+    self_condition: float = opt(None, "share of training steps with self-conditioning (paper: 0)",
+                                least=0, most=1)
     schedule: str = opt("cosine", "noise schedule", "cosine", "linear", "exponential")
-    zero_terminal_snr: bool = opt(False, "noise all the way: no trace of speech is left at t = 1")
-    min_snr_gamma: float = opt(None, "cap of the weight min(SNR, gamma); less counts texture less (paper: 5)", above=0)
-    t_shift: float = opt(None, "train more at high noise, where language is decided: logit(t) plus this (the paper: 0)")
-    ctx_drop: float = opt(0.0, "share of training contexts replaced by silence (the paper: none)", least=0)
+    zero_terminal_snr: bool = opt(False, "pure noise at t = 1: no trace of x0 is left")
+    min_snr_gamma: float = opt(None, "cap of the loss weight min(SNR, gamma) (paper: 5)", above=0)
+    t_shift: float = opt(None, "added to logit(t): more training at high noise (paper: 0)")
+    ctx_drop: float = opt(0.0, "share of training contexts replaced by silence (paper: 0)",
+                          least=0, most=1)
 
-    steps: int = opt(None, "optimiser steps; a larger number extends a finished run", above=0, section="training")
-    minutes: float = opt(None, "without --steps: where the default takes longer, train for fewer steps (0: no limit)",
-                         least=0)
-    batch_size: int = opt(None, "windows a step, over all devices", above=0, most=1000000)
-    micro_batch: int = opt(0, "windows a forward pass of a device, to save memory; 0: all of its share", least=0)
-    optimizer: str = opt(None, "for the hidden matrices; all else is AdamW's, as in the paper", "adamw", "muon")
-    lr: float = opt(1e-3, "AdamW learning rate of the base model (L = 4); other sizes follow by muP", above=0)
+    steps: int = opt(None, "optimiser steps; a larger number extends a finished run",
+                     least=1, section="training")
+    minutes: float = opt(None, "without --steps: train fewer steps if they would take longer "
+                               "than this (0: no limit)", least=0)
+    batch_size: int = opt(None, "windows per step, over all devices", least=1)
+    micro_batch: int = opt(0, "windows per forward pass, to save memory (0: all)", least=0)
+    optimizer: str = opt(None, "for the hidden matrices; the rest uses AdamW", "adamw", "muon")
+    lr: float = opt(1e-3, "AdamW learning rate at L = 4, d = 512; muP gives the others", above=0)
     muon_lr: float = opt(0.02, "Muon learning rate, the same at every width", above=0)
-    weight_decay: float = opt(0.03, "AdamW weight decay of the base model", least=0)
-    lr_schedule: str = opt("wsd", "warm-up, stable, linear decay; or warm-up and cosine", "wsd", "cosine")
-    warmup: int = opt(100, "steps until the full learning rate", least=0)
-    clip: float = opt(1.0, "largest gradient norm", above=0)
-    ema: float = opt(0.999, "memory of the averaged weights that are evaluated and sampled from; 0: none", least=0)
-    eval_every: int = opt(500, "steps between validations, each with a checkpoint", above=0)
-    seed: int = opt(0, "everything random follows from this and the number of the sample", least=0, most=2 ** 63 - 1)
+    weight_decay: float = opt(0.03, "AdamW weight decay at L = 4, d = 512", least=0)
+    lr_schedule: str = opt("wsd", "warmup, constant, linear decay; or warmup and cosine",
+                           "wsd", "cosine")
+    warmup: int = opt(100, "steps of linear warmup", least=0)
+    clip: float = opt(1.0, "maximum gradient norm", above=0)
+    ema: float = opt(0.999, "EMA decay; the EMA weights are validated and sampled (0: no EMA)",
+                     least=0, most=1)
+    eval_every: int = opt(500, "steps between validations; each saves a checkpoint", least=1)
+    seed: int = opt(0, "all randomness follows from this number", least=0, most=2 ** 63 - 1)
 
-    out: str = opt(None, "run folder; out/SIZE unless you say otherwise", section="machine")
-    device: str = opt("auto", "cuda, mps, cpu; auto takes the first there is")
-    dtype: str = opt("auto", "of matrix products; auto is bf16 where the hardware has it", "auto", "bf16", "fp32")
-    compile: bool = opt(False, "torch.compile the network, where that works")
-    parallel: str = opt("ddp", "under torchrun, each device holds a copy of the model (DDP), or a shard (FSDP)", "ddp",
-                        "fsdp")
-    checkpoint_activations: bool = opt(False, "to save memory, keep only what enters a block, and compute it again")
-    print_params: bool = opt(False, "say each parameter's shape, role, learning rate and weight decay, and stop")
-    dry_run: bool = opt(False, "say what a run would be, and what it takes, and stop")
-    devices: int = opt(0, "with --dry-run: on so many GPUs; 0: on this machine", least=0)
-    tflops: float = opt(400.0, "with --dry-run: what each keeps up; 400 is two fifths of an H100's bf16 peak", above=0)
-    json: bool = opt(False, "with --dry-run: say it as JSON")
+    out: str = opt(None, "run folder; by default out/SIZE", section="machine")
+    device: str = opt("auto", "cuda, mps, cpu; auto: the first that is available")
+    dtype: str = opt("auto", "of matrix products; auto: bf16 where the hardware has it",
+                     "auto", "bf16", "fp32")
+    compile: bool = opt(False, "torch.compile the network")
+    parallel: str = opt("ddp", "under torchrun: a copy of the model on each device (DDP), "
+                               "or a shard of it (FSDP2)", "ddp", "fsdp")
+    checkpoint_activations: bool = opt(False, "activation checkpointing: recompute activations in "
+                                              "the backward pass to save memory")
 
     def __post_init__(self):
         if self.size not in SIZES:
@@ -149,180 +149,218 @@ class Config:
         for name, value in ({"minutes": 0.0} | SIZES[self.size]).items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        self.width = 128 * self.depth if self.width is None else self.width
-        self.out = self.out or f"out/{self.size}"
-        if isinstance(self.data, list) and len(self.data) == 1:
-            self.data = self.data[0]
+        if self.width is None:
+            self.width = 128 * self.depth
+        if self.out is None:
+            self.out = f"out/{self.size}"
         for f in dataclasses.fields(self):
-            self._check("--" + f.name.replace("_", "-"), getattr(self, f.name), **f.metadata)
-        if self.ctx_drop > 1 or self.self_condition > 1 or self.ema >= 1:
-            raise UserError("--ctx-drop and --self-condition must be at most 1, --ema less than 1")
+            check("--" + f.name.replace("_", "-"), getattr(self, f.name), **f.metadata["limits"])
+
         if not (self.ctx_frames and self.gen_frames):
-            raise UserError(f"--ctx-seconds and --gen-seconds must hold at least one patch of {self.patch_size} frames")
+            raise UserError("--ctx-seconds and --gen-seconds must hold at least one token of "
+                            f"{self.patch_size} frames")
         if self.width % (64 if self.width > 64 else 4):
             raise UserError(f"--width must be a multiple of 64 (below 64, of 4), not {self.width}")
         if self.micro_batch and self.batch_size % self.micro_batch:
-            raise UserError(f"--micro-batch {self.micro_batch} must divide --batch-size {self.batch_size}")
-
-    @staticmethod
-    def _check(flag, value, choices, above, least, most, **_):
-        if choices and value not in choices:
-            raise UserError(f"{flag} is {value!r}; choose one of {', '.join(choices)}")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{flag} must be a finite number")
-        if above is not None and value <= above or least is not None and value < least:
-            raise UserError(f"{flag} must be " + (f"at least {least}" if above is None else f"more than {above}"))
-        if isinstance(value, int | float) and value > most:
-            raise UserError(f"{flag} must be at most {most:g}")
+            raise UserError(f"--micro-batch {self.micro_batch} must divide --batch-size "
+                            f"{self.batch_size}")
 
     @property
     def ctx_frames(self):
-        """Context length in frames, a whole number of patches."""
+        """Context length in frames, a whole number of tokens."""
         return round(self.ctx_seconds * FRAME_RATE / self.patch_size) * self.patch_size
 
     @property
     def gen_frames(self):
-        """Continuation length in frames, a whole number of patches."""
+        """Continuation length in frames, a whole number of tokens."""
         return round(self.gen_seconds * FRAME_RATE / self.patch_size) * self.patch_size
 
     @property
     def channels(self):
-        """Numbers a frame."""
+        """Numbers per frame, C."""
         return self.latent_dim or MELS
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Autoencoder. Samples <-> frames. With latent_dim = 0 (the paper) the encoder is the log-mel, only the decoder is
-# learned; with latent_dim = 16, say, a variational bottleneck is learned between, and diffusion works on that. The
-# decoder follows Vocos (Siuzdak, 2023): ConvNeXt blocks at the frame rate, magnitude and phase, one inverse STFT. But
-# frames hold no phase, and a minute is too short to learn one. So the network shapes a source, as a vocal tract does
-# (Dudley, 1939): a hum at the pitch heard in the frames, and a hiss. For each bin it says how loud, how harmonic, and
-# how much of it hums. A few Griffin-Lim steps, most of them in the lowest bins, then make neighbours agree.
+def check(flag, value, choices, above, least, most):
+    """Raise UserError unless `value` is one that this flag allows."""
+    if choices and value not in choices:
+        raise UserError(f"{flag} is {value!r}; choose one of {', '.join(choices)}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{flag} must be a finite number")
+    if above is not None and value <= above:
+        raise UserError(f"{flag} must be more than {above}")
+    if least is not None and value < least:
+        raise UserError(f"{flag} must be at least {least}")
+    if most is not None and value > most:
+        raise UserError(f"{flag} must be at most {most:g}")
 
+
+# Randomness. Every random number of training and sampling depends on a key, not on a shared state:
+# a step draws the same data and noise whether or not the run was interrupted, validated more often
+# or spread over more devices.
+
+def keyed(seed, purpose, index):
+    """A 63-bit integer that depends on (seed, purpose, index) alone."""
+    digest = hashlib.blake2b(f"{seed}/{purpose}/{index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def uniform(seed, purpose, index):
+    """A number in [0, 1) that depends on (seed, purpose, index) alone."""
+    return keyed(seed, purpose, index) / 2 ** 63
+
+
+def keyed_noise(seed, purpose, index, shape, device):
+    """Standard normal noise that depends on (seed, purpose, index) and the kind of device alone."""
+    generator = torch.Generator(device).manual_seed(keyed(seed, purpose, index))
+    return torch.randn(shape, generator=generator, device=device)
+
+
+# --------------------------------------------------------------------------------------------------
+# 2. Sound. Log-mel frames as in the paper: 24 kHz, window 1200 samples (50 ms), hop 300 (12.5 ms),
+# 80 bands, hence 80 frames a second. CHOICE: FFT of 2048, Slaney's mel scale from 0 to 12 kHz,
+# magnitudes, natural logarithm with a floor of 1e-5.
+
+RATE, HOP, WINDOW, FFT, MELS, FLOOR = 24_000, 300, 1200, 2048, 80, 1e-5
+FRAME_RATE = RATE // HOP
+
+
+def mel_bank(fft=FFT):
+    """Slaney's (1998) triangular filters, each of unit area: (80, fft/2 + 1). The mel scale is
+    linear below 1 kHz and logarithmic above."""
+    log_step = math.log(6.4) / 27
+    top = 15 + math.log(RATE / 2 / 1000) / log_step
+    mel = torch.linspace(0, top, MELS + 2, dtype=torch.float64)
+    edges = torch.where(mel < 15, mel * 200 / 3, 1000 * torch.exp((mel - 15) * log_step))
+    low, mid, high = edges[:-2, None], edges[1:-1, None], edges[2:, None]
+
+    hertz = torch.linspace(0, RATE / 2, fft // 2 + 1, dtype=torch.float64)
+    rising = (hertz - low) / (mid - low)
+    falling = (high - hertz) / (high - mid)
+    triangles = torch.minimum(rising, falling).clamp(min=0)
+    return (triangles * 2 / (high - low)).float()
+
+
+def stft(wave, fft=FFT, hop=HOP, window=WINDOW):
+    """(B, N) -> (B, fft/2 + 1, T) complex, T = ceil(N/hop). Frame i is centred on sample i * hop;
+    the signal is zero outside."""
+    frames = -(-wave.shape[-1] // hop)
+    wave = F.pad(wave, (fft // 2, frames * hop - wave.shape[-1] + fft // 2))
+    taper = torch.hann_window(window, device=wave.device)
+    spectrum = torch.stft(wave, fft, hop, window, taper, center=False, return_complex=True)
+    return spectrum[..., :frames]
+
+
+def log_mel(wave):
+    """(B, N) samples at 24 kHz -> (B, T, 80) log-mel, T = ceil(N/300). Silence is log(1e-5)."""
+    bank = mel_bank().to(wave.device).T
+    pieces = stft(wave).split(128, dim=-1)                  # small pieces stay in the CPU's cache
+    mel = torch.cat([piece.abs().mT @ bank for piece in pieces], dim=1)
+    return mel.clamp(min=FLOOR).log()
+
+
+# --------------------------------------------------------------------------------------------------
+# 3. Encoder: sound -> frames. With latent_dim = 0 [paper] frames are normalised log-mel. With
+# latent_dim = 16, say, they are the latents of a variational bottleneck that is learned first. The
+# decoder, frames -> sound, is section 9.
 
 class ConvNeXt(nn.Module):
-    """(B, C, T) -> (B, C, T): depthwise convolution over time, then an MLP over channels (Liu et al., 2022)."""
+    """(B, C, T) -> (B, C, T): depthwise convolution over time, then an MLP over channels (Liu et
+    al. 2022)."""
 
     def __init__(self, channels, scale):
         super().__init__()
         self.mix = nn.Conv1d(channels, channels, 7, padding=3, groups=channels)
         self.norm = nn.LayerNorm(channels)
-        self.up, self.down = nn.Linear(channels, 3 * channels), nn.Linear(3 * channels, channels)
+        self.up = nn.Linear(channels, 3 * channels)
+        self.down = nn.Linear(3 * channels, channels)
         self.scale = nn.Parameter(torch.full((channels,), scale))
 
     def forward(self, x):
-        h = self.norm(self.mix(x).mT)                                       # (B, T, C)
-        return x + (self.scale * self.down(F.gelu(self.up(h)))).mT
+        hidden = self.norm(self.mix(x).mT)                                    # (B, T, C)
+        hidden = self.down(F.gelu(self.up(hidden)))
+        return x + (self.scale * hidden).mT
 
 
-def convnext(before, after, width=128, blocks=3):
-    """A network (B, before, T) -> (B, after, T)."""
+def convnext(channels_in, channels_out, width=128, blocks=3):
+    """A network (B, channels_in, T) -> (B, channels_out, T)."""
     middle = [ConvNeXt(width, 1 / blocks) for _ in range(blocks)]
-    return nn.Sequential(nn.Conv1d(before, width, 7, padding=3), *middle, nn.Conv1d(width, after, 1))
+    enter = nn.Conv1d(channels_in, width, 7, padding=3)
+    return nn.Sequential(enter, *middle, nn.Conv1d(width, channels_out, 1))
 
 
-class AudioAutoencoder(nn.Module):
-    """`encode(wave (B, N)) -> frames (B, T, C)`, `decode(frames) -> wave (B, 300 T)`; frames have mean 0, deviation 1:
-    each latent its own, but one of each for all bands of log-mel, since a band may be dead (in 8 kHz recordings)."""
+def autocast(device, dtype):
+    """The context in which matrix products are computed in `dtype`; weights stay in float32."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
-    def __init__(self, latent_dim=0, decoder="neural"):
+
+class Encoder(nn.Module):
+    """encode: wave (B, N) -> frames (B, T, C), T = ceil(N/300).
+
+    Frames have mean 0 and standard deviation 1. Log-mel has one mean and one standard deviation for
+    all bands: a band of its own may be dead (above 4 kHz in 8 kHz recordings)."""
+
+    def __init__(self, latent_dim=0):
         super().__init__()
-        self.latent_dim, self.decoder, self.channels = latent_dim, decoder, latent_dim or MELS
-        self.register_buffer("mel_stats", torch.tensor([-6.0, 3.0]))        # mean, standard deviation
+        self.latent_dim = latent_dim
+        self.channels = latent_dim or MELS
+        self.register_buffer("mel_stats", torch.tensor([-6.0, 3.0]))          # mean, std
         self.register_buffer("latent_stats", torch.tensor([0.0, 1.0]))
         if latent_dim:
             self.latent_stats = self.latent_stats[:, None].repeat(1, latent_dim)
-            self.encoder, self.unlatent = convnext(MELS, 2 * latent_dim, blocks=2), convnext(latent_dim, MELS, blocks=2)
-        if decoder == "neural":
-            self.shaper = convnext(MELS + 2, 3 * (DECODER_FFT // 2 + 1))
-            for parameter in self.shaper[-1].parameters():                  # begins as a vocoder that knows nothing
-                nn.init.zeros_(parameter)
+            self.encoder = convnext(MELS, 2 * latent_dim, blocks=2)
+            self.unlatent = convnext(latent_dim, MELS, blocks=2)
 
     def silence(self):
-        """(C,) a frame of digital zero."""
-        return self.encode(torch.zeros(1, 33 * HOP, device=self.mel_stats.device))[0, 16]
+        """A frame of digital silence, (C,)."""
+        wave = torch.zeros(1, 33 * HOP, device=self.mel_stats.device)
+        return self.encode(wave)[0, 16]
 
     def encode(self, wave):
         """(B, N) samples at 24 kHz -> (B, T, C) frames, T = ceil(N/300)."""
         return self.from_mel(log_mel(wave))
 
     def from_mel(self, mel):
-        """(B, T, 80) log-mel, as cached -> (B, T, C) frames."""
+        """(B, T, 80) log-mel -> (B, T, C) frames."""
         mel = (mel - self.mel_stats[0]) / self.mel_stats[1]
         if not self.latent_dim:
             return mel
-        return (self.encoder(mel.mT).mT[..., :self.latent_dim] - self.latent_stats[0]) / self.latent_stats[1]
+        mean = self.encoder(mel.mT).mT[..., :self.latent_dim]
+        return (mean - self.latent_stats[0]) / self.latent_stats[1]
 
     def to_mel(self, frames):
         """(B, T, C) frames -> (B, T, 80) normalised log-mel."""
         if not self.latent_dim:
             return frames
-        return self.unlatent((frames * self.latent_stats[1] + self.latent_stats[0]).mT).mT
-
-    def spectrum(self, mel, noise, start=0, turns=0, dtype=torch.float32):
-        """(B, T, 80) normalised log-mel, (1, 300 T) noise -> magnitudes (B, 601, T), a source whose phases they are to
-        begin with (B, 601, T), and the hum's own phase (B, 300 T), which is `turns` at frame `start`."""
-        mel, heard, hiss = mel * self.mel_stats[1] + self.mel_stats[0], mel, stft(noise, DECODER_FFT)
-        if self.decoder == "griffinlim":
-            return unmel(mel), hiss, noise
-        magnitude = unmel(mel, 1)                                           # the network sees to the rest
-        hertz, voiced = pitch(magnitude)                                    # (B, T) each
-        hum, phase = pulses(hertz, start, turns)
-        hum = stft(hum.to(mel.device), DECODER_FFT)
-        ripple = hum.abs().clamp(min=1).log() - 3.5                         # large at a harmonic, small between two
-        heard = torch.cat([heard, (hertz / 150).log()[..., None], voiced[..., None]], dim=-1)
-        with torch.autocast(mel.device.type, dtype, enabled=dtype != torch.float32):
-            loud, comb, hums = self.shaper(heard.mT.to(self.shaper[0].weight.dtype)).float().chunk(3, dim=1)
-        magnitude = magnitude * (loud + comb * ripple).clamp(-8, 3).exp()
-        return magnitude, hum * (hums + 8 * voiced[:, None] - 3).clamp(-8, 8).exp() + hiss, phase
-
-    def decode(self, frames, piece=1600, margin=64):
-        """(B, T, C) frames -> (B, 300 T) samples, in pieces that overlap by `margin` frames: memory stays bounded."""
-        fits = frames.ndim == 3 and frames.shape[1] and frames.shape[2] == self.channels
-        if not fits or not torch.isfinite(frames).all():
-            wrong = "NaN or infinite values" if fits else tuple(frames.shape)
-            raise UserError(f"decode takes finite frames (B, T, {self.channels}) with T > 0, not {wrong}")
-        length, waves, turns = frames.shape[1], [], 0
-        noise = torch.randn(1, HOP * length, generator=torch.Generator().manual_seed(0)).to(frames.device)
-        for start in range(0, length, piece):
-            stop, first, last = min(start + piece, length), max(0, start - margin), min(start + piece + margin, length)
-            mel = self.to_mel(frames[:, first:last])
-            magnitude, source, phase = self.spectrum(mel, noise[:, first * HOP:last * HOP], start - first, turns)
-            turns = phase[:, (stop - first) * HOP - 1, None]                # the next piece hums on from here
-            agree = low_griffin_lim if self.decoder == "neural" else griffin_lim
-            wave = istft(agree(magnitude, source))
-            waves.append(wave[:, (start - first) * HOP:(stop - first) * HOP])
-        return torch.cat(waves, dim=1)
+        latents = frames * self.latent_stats[1] + self.latent_stats[0]
+        return self.unlatent(latents.mT).mT
 
     def bottleneck_loss(self, wave, dtype=torch.float32, kl_weight=1e-3):
-        """Of (B, N) samples: log-mel through the latents, and the latents' divergence from a standard normal. One of
-        the windows is digital silence, which must come back as silence."""
+        """Loss of the variational bottleneck on samples (B, N): log-mel reconstruction, and the KL
+        divergence of the latents from a standard normal. One window of the batch is replaced by
+        silence, which must come back as silence."""
         wave = torch.cat([wave[1:], torch.zeros_like(wave[:1])])
         mel = (log_mel(wave) - self.mel_stats[0]) / self.mel_stats[1]
-        with torch.autocast(wave.device.type, dtype, enabled=dtype != torch.float32):
-            mean, logvar = self.encoder(mel.mT).float().chunk(2, dim=1)     # (B, latent_dim, T) each
-            again = self.unlatent(mean + torch.randn_like(mean) * (0.5 * logvar).exp()).float().mT
-        return F.l1_loss(again, mel) + kl_weight * 0.5 * (mean ** 2 + logvar.exp() - 1 - logvar).mean()
-
-    def decoder_loss(self, wave, dtype=torch.float32):
-        """Of (B, N) samples, decoded: log-mel, and STFT magnitudes at three resolutions."""
-        target = log_mel(wave)
-        mel = self.to_mel(self.from_mel(target)).detach()
-        magnitude, source, _ = self.spectrum(mel, torch.randn_like(wave[:1]), dtype=dtype)
-        guess = istft(griffin_lim(magnitude, source, 2))
-        return 5 * F.l1_loss(log_mel(guess), target) + stft_distance(guess, wave)
+        with autocast(wave.device, dtype):
+            mean, logvar = self.encoder(mel.mT).float().chunk(2, dim=1)       # (B, latent_dim, T)
+            latents = mean + torch.randn_like(mean) * (0.5 * logvar).exp()
+            reconstruction = self.unlatent(latents).float().mT
+        kl = 0.5 * (mean ** 2 + logvar.exp() - 1 - logvar).mean()
+        return F.l1_loss(reconstruction, mel) + kl_weight * kl
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Diffusion. Variance preserving: x_t = alpha x0 + sigma eps with alpha^2 + sigma^2 = 1, so a noise level is one angle
-# phi: alpha = cos(phi), sigma = sin(phi), from clean (0) to noise (pi/2), and log-SNR = -2 log tan(phi). A schedule is
-# how phi grows with t in [0, 1]. The network is told phi, not t: it means the same whatever the schedule.
+# --------------------------------------------------------------------------------------------------
+# 4. Diffusion. Variance preserving: xt = alpha x0 + sigma eps with alpha^2 + sigma^2 = 1. A noise
+# level is therefore one angle phi: alpha = cos(phi), sigma = sin(phi), from clean (0) to pure noise
+# (pi/2); the log-SNR is -2 log tan(phi). A schedule says how phi grows with the time t in [0, 1].
+# The network is given phi, not t, so its input means the same under every schedule.
 
-CLEAN, NOISE = math.atan(math.exp(-5)), math.atan(math.exp(5))  # CHOICE: log-SNR is clipped to [-10, 10]
+LEAST_NOISE = math.atan(math.exp(-5))             # CHOICE: log-SNR is clipped to [-10, 10]
+MOST_NOISE = math.atan(math.exp(5))
 
 
 class Diffusion:
-    """The forward process and the loss that a Config describes."""
+    """The noise schedule, the network's target and the loss that a Config describes."""
 
     def __init__(self, config):
         self.schedule, self.zero_terminal_snr = config.schedule, config.zero_terminal_snr
@@ -331,98 +369,148 @@ class Diffusion:
     def alpha(self, t):
         """Signal level at time t, before clipping."""
         if self.schedule == "cosine":
-            return torch.cos(math.pi / 2 * t)                     # Nichol & Dhariwal 2021, without their offset
+            return torch.cos(math.pi / 2 * t)               # Nichol & Dhariwal 2021, offset 0
         if self.schedule == "linear":
-            return torch.exp(-0.05 * t - 19.9 / 4 * t ** 2)       # beta from 0.1 to 20: Song et al. 2021, Eq. 33
-        return torch.sigmoid(10 - 20 * t).sqrt()                  # exponential: log-SNR falls evenly from 10 to -10
+            return torch.exp(-0.05 * t - 19.9 / 4 * t ** 2) # Song et al. 2021, Eq. 33
+        return torch.sigmoid(10 - 20 * t).sqrt()            # exponential: log-SNR linear in t
 
     def angle(self, t):
-        """t in [0, 1], any shape -> phi. For zero terminal SNR alpha is rescaled to end at 0 (Lin et al. 2024)."""
+        """Time t in [0, 1], any shape -> phi. With zero terminal SNR, alpha is rescaled to end at 0
+        (Lin et al. 2024)."""
         t = t.double()
-        alpha, first, last = (self.alpha(x) for x in (t, torch.zeros_like(t), torch.ones_like(t)))
+        alpha = self.alpha(t)
+        largest = MOST_NOISE
         if self.zero_terminal_snr:
+            first, last = self.alpha(torch.zeros_like(t)), self.alpha(torch.ones_like(t))
             alpha = (alpha - last) * first / (first - last)
-        last = math.pi / 2 if self.zero_terminal_snr else NOISE
-        return torch.acos(alpha.clamp(0, 1)).clamp(CLEAN, last).float()
+            largest = math.pi / 2
+        return torch.acos(alpha.clamp(0, 1)).clamp(LEAST_NOISE, largest).float()
 
     def times(self, u):
-        """Uniform u -> training times; DEVIATION if shifted towards high noise (Esser et al. 2024, section 5.3.2)."""
-        return torch.sigmoid(torch.logit(u.clamp(1e-6, 1 - 1e-6)) + self.shift) if self.shift else u
+        """Uniform u in [0, 1) -> training times. DEVIATION if they are shifted towards high noise
+        (Esser et al. 2024, section 5.3.2)."""
+        if not self.shift:
+            return u
+        return torch.sigmoid(torch.logit(u.clamp(1e-6, 1 - 1e-6)) + self.shift)
 
     def target(self, x0, eps, phi):
-        """What the network should say, (B, T, C): v = alpha eps - sigma x0 [paper], or x0 itself."""
-        return x0 if self.predict == "x0" else phi.cos() * eps - phi.sin() * x0
+        """What the network is to predict, (B, T, C): v = alpha eps - sigma x0 [paper], or x0."""
+        if self.predict == "x0":
+            return x0
+        return phi.cos() * eps - phi.sin() * x0
 
     def clean(self, prediction, xt, phi):
-        """What the network says, as an estimate of x0. From v: alpha x_t - sigma v (Salimans & Ho 2022, appendix D)."""
-        return prediction if self.predict == "x0" else phi.cos() * xt - phi.sin() * prediction
+        """The network's prediction as an estimate of x0. From v: alpha xt - sigma v (Salimans & Ho
+        2022, appendix D)."""
+        if self.predict == "x0":
+            return prediction
+        return phi.cos() * xt - phi.sin() * prediction
 
     def weight(self, phi):
-        """min-SNR weight (Hang et al. 2023): min(SNR, gamma) on x0, which on v is min(SNR, gamma) / (SNR + 1) [paper].
-        At zero terminal SNR it is 0: that prediction is learned from its neighbours only."""
+        """min-SNR weight (Hang et al. 2023): min(SNR, gamma) on the error of x0, which is
+        min(SNR, gamma) / (SNR + 1) on the error of v [paper]."""
         snr = phi.tan() ** -2
-        return snr.clamp(max=self.gamma) / (1 if self.predict == "x0" else snr + 1)
+        capped = snr.clamp(max=self.gamma)
+        return capped if self.predict == "x0" else capped / (snr + 1)
 
-    def loss(self, model, x0, ctx, phi, eps, guess=False):
-        """Weighted squared error (B,) of predicting x0 (B, T, C) after ctx (B, Tc, C) at noise level phi (B,).
+    def loss(self, model, x0, ctx, phi, eps, self_condition=False):
+        """Weighted squared error (B,) of predicting x0 (B, T, C) from its noisy version at noise
+        level phi (B,), given ctx (B, Tc, C).
 
-        DEVIATION if `guess`: the network first guesses x0 and then sees its guess, as it will when sampling, where each
-        step knows what the last one thought (self-conditioning, Chen et al. 2023)."""
-        angle = phi[:, None, None]
-        xt, first = angle.cos() * x0 + angle.sin() * eps, None
-        if guess:
+        DEVIATION with self-conditioning (Chen et al. 2023): the network first estimates x0, then
+        sees this estimate, as in sampling, where each step knows the result of the last."""
+        phi_b = phi[:, None, None]                                            # (B, 1, 1)
+        xt = phi_b.cos() * x0 + phi_b.sin() * eps
+
+        estimate = None
+        if self_condition:
             with torch.no_grad():
-                first = self.clean(model(xt, phi, ctx).float(), xt, angle)
-            torch.clear_autocast_cache()                          # or torch < 2.10 would learn nothing through it
-        prediction = model(xt, phi, ctx, first)
-        return (self.weight(angle) * (prediction.float() - self.target(x0, eps, angle)) ** 2).mean((1, 2))
+                estimate = self.clean(model(xt, phi, ctx).float(), xt, phi_b)
+            # Before torch 2.10, autocast kept weights that it had cast without gradients.
+            torch.clear_autocast_cache()
+
+        prediction = model(xt, phi, ctx, estimate).float()
+        error = prediction - self.target(x0, eps, phi_b)
+        return (self.weight(phi_b) * error ** 2).mean((1, 2))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# MM-DiT, the two-stream transformer of Stable Diffusion 3 (Esser et al. 2024) [paper]: context and continuation have
-# weights of their own and meet in one bidirectional attention per block; the noise level modulates every normalisation
-# (adaLN-zero, Peebles & Xie 2023). CHOICE: rotary positions that run through both, normalised queries and keys.
+# --------------------------------------------------------------------------------------------------
+# 5. muP and CompleteP [paper]: what is tuned at the base size (L = 4, d = 512) holds at every size.
+# Learning rate and weight decay of a layer follow the width m = d/512 by the layer's role. The
+# residual branches and AdamW's epsilon also follow the depth L/4.
 
-BASE_DEPTH, BASE_WIDTH = 4, 512  # the size at which learning rates are tuned [paper]
+BASE_DEPTH, BASE_WIDTH = 4, 512
+
+
+class Role(NamedTuple):
+    """How a kind of parameter begins and learns at relative width m."""
+    init: float           # initial standard deviation, times the root of the number of inputs
+    lr_power: int         # learning rate = base rate * m ** lr_power
+    decays: bool          # weight decay = base decay * m: rate times decay stays the same
+
+
+ROLES = {
+    "input": Role(init=1, lr_power=0, decays=False),    # frames or noise level -> residual stream
+    "hidden": Role(init=1, lr_power=-1, decays=True),   # width -> width
+    "adaln": Role(init=0, lr_power=-1, decays=False),   # zero: an untrained block is the identity
+    "output": Role(init=0, lr_power=-1, decays=False),  # zero: an untrained model outputs 0
+    "bias": Role(init=0, lr_power=0, decays=False),
+}
 
 
 def linear(fan_in, fan_out, role, bias=False):
-    """A linear layer that knows its role in the optimiser's table `ROLES`, and begins as that says."""
+    """A linear layer that knows its role, initialised accordingly."""
     layer = nn.Linear(fan_in, fan_out, bias=bias)
-    nn.init.normal_(layer.weight, std=ROLES[role][0] * fan_in ** -0.5)
+    nn.init.normal_(layer.weight, std=ROLES[role].init * fan_in ** -0.5)
     layer.role = role
     if bias:
         nn.init.zeros_(layer.bias)
     return layer
 
 
+def role(model, name):
+    """The role of a parameter of `model`, by its name. `linear` made every weight's layer."""
+    layer, _, kind = name.rpartition(".")
+    return "bias" if kind == "bias" else model.get_submodule(layer).role
+
+
+# --------------------------------------------------------------------------------------------------
+# 6. MM-DiT, the two-stream transformer of Stable Diffusion 3 (Esser et al. 2024) [paper]. Context
+# and continuation have their own weights and meet in one bidirectional attention per block. The
+# noise level modulates every normalisation (adaLN-zero, Peebles & Xie 2023). CHOICE: rotary
+# positions that run through both streams, normalised queries and keys.
+
 def modulate(x, shift, scale):
-    """Normalise, then move as the noise level says: x (B, T, d) with (B, 1, d) each."""
+    """Layer normalisation, then shift and scale by the noise level: x (B, T, d), others (B, 1, d).
+    """
     return F.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift
 
 
-def rotary(tokens, size, device):
-    """Cosines and sines (T, D/2) of the angles by which positions turn heads of size D."""
-    speed = 10_000 ** -torch.linspace(0, 1, size // 2, device=device)
-    angles = torch.arange(tokens, device=device)[:, None] * speed
+def rotary(tokens, head, device):
+    """Cosines and sines (T, head/2) of the rotation angles of positions 0 to T - 1."""
+    frequencies = 10_000 ** -torch.linspace(0, 1, head // 2, device=device)
+    angles = torch.arange(tokens, device=device)[:, None] * frequencies
     return angles.cos(), angles.sin()
 
 
 def rotate(x, cos, sin):
-    """Rotary positions (Su et al. 2021): x (..., T, D) with cos, sin (T, D/2)."""
+    """Rotary position embedding (Su et al. 2021): x (..., T, D) with cos, sin (T, D/2)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
 def attention(q, k, v):
-    """Softmax attention, each (B, H, T, D). On a CPU two plain products are 1.5 to 6 times faster, backward as well."""
+    """Softmax attention of (B, H, T, D). On a CPU two matrix products are 1.5 to 6 times faster
+    than torch's fused attention, forward and backward."""
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v)
-    return (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1).to(v.dtype) @ v
+    scores = q * q.shape[-1] ** -0.5 @ k.mT
+    return scores.softmax(-1).to(v.dtype) @ v
 
 
 class Stream(nn.Module):
-    """One stream's half of a block. A context that nobody reads again (`last`) ends with queries, keys and values."""
+    """One stream's half of a block. The context of the last block only serves attention, so its
+    stream ends there: `last`."""
 
     def __init__(self, d, last=False):
         super().__init__()
@@ -431,18 +519,23 @@ class Stream(nn.Module):
         self.qkv = linear(d, 3 * d, "hidden")
         if not last:
             self.out = linear(d, d, "hidden")
-            self.up, self.down = linear(d, 4 * d, "hidden"), linear(4 * d, d, "hidden")
+            self.up = linear(d, 4 * d, "hidden")
+            self.down = linear(4 * d, d, "hidden")
 
     def open(self, x, c):
-        """x (B, T, d), c (B, 1, d) -> queries, keys and values (B, T, 3d), and what `close` needs."""
-        shift, scale, *rest = self.adaln(c).chunk(2 if self.last else 6, dim=-1)
-        return self.qkv(modulate(x, shift, scale)), rest
+        """Stream x (B, T, d), noise embedding c (B, 1, d) -> queries, keys and values (B, T, 3d),
+        and the modulation that `close` needs."""
+        modulation = self.adaln(c).chunk(2 if self.last else 6, dim=-1)
+        shift, scale = modulation[:2]
+        return self.qkv(modulate(x, shift, scale)), modulation[2:]
 
-    def close(self, x, attended, rest, scaled):
-        """Add attention's result (B, T, d) to the stream, then the MLP's, each `scaled` for the depth."""
-        gate, shift, scale, mlp_gate = rest
-        x = x + scaled * gate * self.out(attended)
-        return x + scaled * mlp_gate * self.down(F.gelu(self.up(modulate(x, shift, scale))))
+    def close(self, x, attended, modulation, residual):
+        """Add the attention result (B, T, d) to the stream, then the MLP's, each times `residual`.
+        """
+        gate, shift, scale, mlp_gate = modulation
+        x = x + residual * gate * self.out(attended)
+        hidden = F.gelu(self.up(modulate(x, shift, scale)))
+        return x + residual * mlp_gate * self.down(hidden)
 
 
 class Block(nn.Module):
@@ -450,218 +543,225 @@ class Block(nn.Module):
 
     def __init__(self, d, heads, last):
         super().__init__()
-        self.heads, self.ctx, self.gen = heads, Stream(d, last), Stream(d)
+        self.heads = heads
+        self.ctx, self.gen = Stream(d, last), Stream(d)
 
-    def forward(self, ctx, gen, c, cos, sin, scaled):
-        n = ctx.shape[1]
-        (heard, ctx_rest), (spoken, gen_rest) = self.ctx.open(ctx, c), self.gen.open(gen, c)
-        parts = [x.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4) for x in (heard, spoken)]
-        qk, v = torch.cat(parts, dim=3).split((2, 1))                          # (2, B, H, T, D), (1, B, H, T, D)
-        attended = attention(*rotate(F.layer_norm(qk, qk.shape[-1:]), cos, sin), v[0]).transpose(1, 2)  # (B, T, H, D)
-        gen = self.gen.close(gen, attended[:, n:].flatten(2), gen_rest, scaled)
-        return None if self.ctx.last else self.ctx.close(ctx, attended[:, :n].flatten(2), ctx_rest, scaled), gen
+    def forward(self, ctx, gen, c, cos, sin, residual):
+        """ctx (B, Tc, d), gen (B, Tg, d), noise embedding c (B, 1, d) -> the same two, updated."""
+        ctx_qkv, ctx_modulation = self.ctx.open(ctx, c)
+        gen_qkv, gen_modulation = self.gen.open(gen, c)
+
+        # Join the streams along time: (3, B, H, Tc + Tg, D).
+        qkv = torch.cat([self.split_heads(ctx_qkv), self.split_heads(gen_qkv)], dim=3)
+        qk, v = qkv.split([2, 1])
+
+        # Normalised queries and keys, rotated by their positions, then attention over both streams.
+        q, k = rotate(F.layer_norm(qk, qk.shape[-1:]), cos, sin)
+        attended = attention(q, k, v[0])                                      # (B, H, T, D)
+        attended = attended.transpose(1, 2)                                   # (B, T, H, D)
+        ctx_attended = attended[:, :ctx.shape[1]].flatten(2)                  # (B, Tc, d)
+        gen_attended = attended[:, ctx.shape[1]:].flatten(2)                  # (B, Tg, d)
+
+        # Each stream has its own output projection and MLP.
+        gen = self.gen.close(gen, gen_attended, gen_modulation, residual)
+        if self.ctx.last:
+            return None, gen
+        return self.ctx.close(ctx, ctx_attended, ctx_modulation, residual), gen
+
+    def split_heads(self, qkv):
+        """(B, T, 3d) -> (3, B, H, T, D)."""
+        return qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
 
 
 class MMDiT(nn.Module):
-    """model(xt (B, Tg, C), phi (B,) or (1,), ctx (B, Tc, C)) -> prediction (B, Tg, C), with Tc and Tg whole numbers of
-    patches; or with an earlier guess of x0, like xt, as a fourth."""
+    """model(xt (B, Tg, C), phi (B,) or (1,), ctx (B, Tc, C)) -> prediction (B, Tg, C). Tc and Tg
+    are whole numbers of tokens. A fourth argument, like xt, is an earlier estimate of x0."""
 
     def __init__(self, config):
         super().__init__()
-        d, k, heads = config.width, config.patch_size, max(1, config.width // 64)
-        self.config, self.patch, self.again = config, k, config.checkpoint_activations
-        self.register_buffer("silence", torch.zeros(config.channels))         # a frame of digital zero, for guidance
-        self.enter_ctx, self.enter_gen = (linear(k * config.channels, d, "input", bias=True) for _ in range(2))
-        self.enter_guess = linear(k * config.channels, d, "input") if config.self_condition else None
-        self.noise_in, self.noise_out = linear(256, d, "input", bias=True), linear(d, d, "hidden", bias=True)
-        self.blocks = nn.ModuleList(Block(d, heads, last=i == config.depth - 1) for i in range(config.depth))
+        d, token = config.width, config.patch_size * config.channels
+        heads = max(1, d // 64)
+        self.config, self.patch_size = config, config.patch_size
+        self.use_checkpoint = config.checkpoint_activations
+        self.register_buffer("silence", torch.zeros(config.channels))         # the empty context
+        self.enter_ctx = linear(token, d, "input", bias=True)
+        self.enter_gen = linear(token, d, "input", bias=True)
+        self.enter_guess = linear(token, d, "input") if config.self_condition else None
+        self.noise_in = linear(256, d, "input", bias=True)
+        self.noise_out = linear(d, d, "hidden", bias=True)
+        self.blocks = nn.ModuleList(
+            Block(d, heads, last=i == config.depth - 1) for i in range(config.depth))
         self.final = linear(d, 2 * d, "adaln", bias=True)
-        self.leave = linear(d, k * config.channels, "output", bias=True)
+        self.leave = linear(d, token, "output", bias=True)
 
     def embed(self, phi):
-        """Noise level (B,) -> (B, 1, d): sines and cosines of 128 frequencies, then a small MLP."""
-        wave = phi[:, None] * 1000 * 10_000 ** -torch.linspace(0, 1, 128, device=phi.device)
+        """Noise level (B,) -> (B, 1, d): sines and cosines of 128 frequencies, then an MLP."""
+        frequencies = 10_000 ** -torch.linspace(0, 1, 128, device=phi.device)
+        wave = phi[:, None] * 1000 * frequencies
         wave = torch.cat([wave.cos(), wave.sin()], dim=-1).to(self.silence.dtype)
         return F.silu(self.noise_out(F.silu(self.noise_in(wave))))[:, None]
 
-    def forward(self, xt, phi, ctx, guess=None):
-        patches = lambda x: x.to(self.silence.dtype).unflatten(1, (-1, self.patch)).flatten(2)  # -> (B, T/k, k*C)
-        c, ctx, gen = self.embed(phi), self.enter_ctx(patches(ctx)), self.enter_gen(patches(xt))
-        if self.enter_guess is not None and guess is not None:
-            gen = gen + self.enter_guess(patches(guess))
+    def patches(self, frames):
+        """(B, T, C) -> (B, T/k, k C): k frames in a row are one token."""
+        frames = frames.to(self.silence.dtype)
+        return frames.unflatten(1, (-1, self.patch_size)).flatten(2)
+
+    def forward(self, xt, phi, ctx, estimate=None):
+        # Tokens.
+        c = self.embed(phi)
+        ctx = self.enter_ctx(self.patches(ctx))                               # (B, Tc/k, d)
+        gen = self.enter_gen(self.patches(xt))                                # (B, Tg/k, d)
+        if self.enter_guess is not None and estimate is not None:
+            gen = gen + self.enter_guess(self.patches(estimate))
+
+        # Blocks.
         head = gen.shape[-1] // self.blocks[0].heads
-        cos, sin = (x.to(gen.dtype) for x in rotary(ctx.shape[1] + gen.shape[1], head, gen.device))
+        cos, sin = rotary(ctx.shape[1] + gen.shape[1], head, gen.device)
+        cos, sin = cos.to(gen.dtype), sin.to(gen.dtype)
+        residual = 1 / (len(self.blocks) / BASE_DEPTH)                        # CompleteP
         for block in self.blocks:
-            run = functools.partial(checkpoint, block, use_reentrant=False) if self.again else block
-            ctx, gen = run(ctx, gen, c, cos, sin, RESIDUAL(len(self.blocks) / BASE_DEPTH))
-        gen = self.leave(modulate(gen, *self.final(c).chunk(2, dim=-1)))
-        return gen.unflatten(2, (self.patch, -1)).flatten(1, 2)                # (B, Tg/k, k*C) -> (B, Tg, C)
+            if self.use_checkpoint:
+                ctx, gen = checkpoint(block, ctx, gen, c, cos, sin, residual, use_reentrant=False)
+            else:
+                ctx, gen = block(ctx, gen, c, cos, sin, residual)
+
+        # Frames.
+        shift, scale = self.final(c).chunk(2, dim=-1)
+        tokens = self.leave(modulate(gen, shift, scale))                      # (B, Tg/k, k C)
+        return tokens.unflatten(2, (self.patch_size, -1)).flatten(1, 2)       # (B, Tg, C)
 
 
-def count(config):
-    """Parameters, tokens a window, and FLOPs of training on one: 2 a multiply-add, backward twice forward, but nothing
-    is passed back to the input. A first guess costs a forward pass more; `flops` has its share of them."""
-    d, L, kc = config.width, config.depth, config.patch_size * config.channels
-    ctx, gen = config.ctx_frames // config.patch_size, config.gen_frames // config.patch_size
-    enter = kc * d * (ctx + gen) + 256 * d                                              # multiply-adds from the input
-    blocks = 12 * d * d * (gen * L + ctx * (L - 1)) + 3 * d * d * ctx + 2 * d * L * (ctx + gen) ** 2
-    inner = blocks + d * d * (1 + 6 * (2 * L - 1) + 2 + 2) + kc * d * gen               # noise level, adaLN, output too
-    forward, seen = 2 * (enter + inner), 2 * kc * d * gen * (config.self_condition > 0)  # the guess that it sees
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in MMDiT(config).parameters())
-    flops = 4 * enter + 6 * inner + config.self_condition * (forward + 2 * seen)
-    return {"parameters": parameters, "tokens": ctx + gen, "flops": flops, "flops_guess": forward + 2 * seen,
-            "flops_forward": forward + seen}
+# --------------------------------------------------------------------------------------------------
+# 7. Sampler. From noise at the largest angle down to clean frames at angle 0. In each step the
+# network estimates x0. Steps are shorter where there is more noise: language is decided there.
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Sampler. From noise at the largest angle to clean frames at 0. Each step asks for x0; steps are the shorter the more
-# noise there is, since language is decided there.
-
-STEPS, CFG = 24, 2.0                          # evaluations a window, and guidance, unless one says otherwise
-GUIDED = math.pi / 4, math.atan(math.exp(2))  # CHOICE: guidance only from log-SNR -4 to 0 (Kynkäänniemi et al. 2024)
+STEPS, CFG = 24, 2.0                          # defaults: evaluations per window, guidance
+# CHOICE: guidance only where the log-SNR is between -4 and 0 (Kynkäänniemi et al. 2024).
+GUIDED = math.pi / 4, math.atan(math.exp(2))
 
 
 def levels(config, steps):
-    """The noise levels phi (steps + 1) that a sampler goes through, falling to 0."""
-    top = min(float(Diffusion(config).angle(torch.ones(()))), math.pi / 2)  # float32 rounds pi/2 up
-    return (top * (1 - torch.linspace(0, 1, steps + 1, dtype=torch.float64) ** 2.5)).tolist()
+    """The steps + 1 noise angles of a sampler, falling to 0."""
+    largest = float(Diffusion(config).angle(torch.ones(())))
+    largest = min(largest, math.pi / 2)                                 # float32 rounds pi/2 up
+    fractions = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+    return (largest * (1 - fractions ** 2.5)).tolist()
 
 
 @torch.no_grad()
-def sample(model, context, frames=None, steps=STEPS, cfg=CFG, sampler="dpm", seed=0, progress=False):
-    """Continue `context` (B, Tc, C) by `frames` frames, by default one window -> (B, frames, C) on its device.
+def sample(model, context, frames=None, steps=STEPS, cfg=CFG, sampler="dpm", seed=0, progress=iter):
+    """Continue `context` (B, Tc, C) by `frames` frames (default: one window) -> (B, frames, C).
 
-    `cfg` is the guidance, 1 for none. Beyond a window, what was said last is the next context. The noise of item i
-    depends on (seed, i) alone."""
-    config, speech, frames = model.config, context.float(), frames or model.config.gen_frames
-    solve, shape = {"dpm": dpm_solver, "ddim": ddim}[sampler], (config.gen_frames, config.channels)
-    for window in tqdm(range(-(-frames // config.gen_frames)), desc="speaking", unit="window", disable=not progress):
-        predict = functools.partial(guided, model, speech[:, -config.ctx_frames:], cfg)
-        noise = [keyed_noise(seed, f"sample {window}", item, shape, speech.device) for item in range(len(speech))]
-        speech = torch.cat([speech, solve(predict, torch.stack(noise), levels(config, steps))], dim=1)
+    `cfg` is the guidance scale (1: none). A longer continuation is made window by window; the
+    newest frames are the next context. The noise of item i depends on (seed, i) alone. `progress`
+    wraps the range of windows, for a progress bar."""
+    config, speech = model.config, context.float()
+    frames = frames or config.gen_frames
+    solver = {"dpm": dpm_solver, "ddim": ddim}[sampler]
+    angles = levels(config, steps)
+    shape = config.gen_frames, config.channels
+
+    for window in progress(range(-(-frames // config.gen_frames))):
+        ctx = speech[:, -config.ctx_frames:]
+        noise = torch.stack([keyed_noise(seed, f"sample {window}", item, shape, speech.device)
+                             for item in range(len(speech))])
+        continuation = solver(functools.partial(guided, model, ctx, cfg), noise, angles)
+        speech = torch.cat([speech, continuation], dim=1)
     return speech[:, context.shape[1]:context.shape[1] + frames]
 
 
-def guided(model, ctx, cfg, xt, phi, guess):
-    """x0 (B, Tg, C) as the network sees it in xt at noise phi; where `GUIDED`, silent + cfg (heard - silent) (Ho &
-    Salimans 2021): `heard` continues ctx and `silent` zeroed speech [paper]. Nor does `silent` know the last guess:
-    away from a network that knows less there are more words (autoguidance, Karras et al. 2024)."""
-    guide = cfg != 1 and GUIDED[0] < phi < GUIDED[1]
-    if guide:
-        xt, ctx = xt.repeat(2, 1, 1), torch.cat([ctx, model.silence.expand_as(ctx)])
-        guess = guess if guess is None else torch.cat([guess, torch.zeros_like(guess)])
-    level = torch.full((1,), phi, device=xt.device)                           # the same for all
-    x0 = Diffusion(model.config).clean(model(xt, level, ctx, guess).float(), xt, level)
-    if not guide:
-        return x0
-    heard, silent = x0.chunk(2)
-    return silent + cfg * (heard - silent)
+def guided(model, ctx, cfg, xt, phi, estimate):
+    """The network's x0 (B, Tg, C) for xt at noise angle phi, with classifier-free guidance (Ho &
+    Salimans 2021): uncond + cfg (cond - uncond). `uncond` sees silence as its context [paper].
+
+    Nor does `uncond` see the last estimate of x0: guiding away from a network that knows less makes
+    more words (compare autoguidance, Karras et al. 2024)."""
+    diffusion, level = Diffusion(model.config), torch.full((1,), phi, device=xt.device)
+    if cfg == 1 or not GUIDED[0] < phi < GUIDED[1]:
+        return diffusion.clean(model(xt, level, ctx, estimate).float(), xt, level)
+
+    # Both in one batch.
+    xt = xt.repeat(2, 1, 1)
+    ctx = torch.cat([ctx, model.silence.expand_as(ctx)])
+    if estimate is not None:
+        estimate = torch.cat([estimate, torch.zeros_like(estimate)])
+    x0 = diffusion.clean(model(xt, level, ctx, estimate).float(), xt, level)
+    x0_cond, x0_uncond = x0.chunk(2)
+    return x0_uncond + cfg * (x0_cond - x0_uncond)
 
 
 def ddim(predict, x, angles):
-    """Song et al. 2021, Eq. 12 without noise: keep the eps that x0 implies, go to the next angle."""
+    """DDIM (Song et al. 2021, Eq. 12 without noise): keep the eps that x0 implies, and move to the
+    next angle. `predict(x, phi, estimate)` gives x0."""
     x0 = None
-    for phi, following in zip(angles, angles[1:]):
+    for phi, next_phi in zip(angles, angles[1:]):
         x0 = predict(x, phi, x0)
         eps = (x - math.cos(phi) * x0) / math.sin(phi)
-        x = math.cos(following) * x0 + math.sin(following) * eps
+        x = math.cos(next_phi) * x0 + math.sin(next_phi) * eps
     return x
 
 
 def dpm_solver(predict, x, angles):
-    """DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2): second order, from how x0 changed since the last step. The first
-    step (from pure noise, h may be infinite) and the last are of first order. Where x0 goes is the next guess."""
-    rate = [-math.log(math.tan(phi)) if phi else math.inf for phi in angles]  # half the log-SNR, whose steps are h
-    before = better = None
-    for i, (phi, following) in enumerate(zip(angles, angles[1:])):
-        x0 = better = predict(x, phi, better)
-        h = rate[i + 1] - rate[i]
-        if before is not None and math.isfinite(h):
-            better = x0 + (x0 - before) * h / (2 * (rate[i] - rate[i - 1]))
-        x = math.sin(following) / math.sin(phi) * x + math.cos(following) * (1 - math.exp(-h)) * better
-        before = x0
+    """DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2): second order, by extrapolating x0 from its
+    change since the last step. First order where there is no last step, or where a step in half the
+    log-SNR is infinite: from pure noise, and to clean frames. The extrapolated x0 is the next
+    estimate that the network sees."""
+    half_log_snr = [-math.log(math.tan(phi)) if phi else math.inf for phi in angles]
+    previous = extrapolated = None
+    for i, (phi, next_phi) in enumerate(zip(angles, angles[1:])):
+        x0 = extrapolated = predict(x, phi, extrapolated)
+        h = half_log_snr[i + 1] - half_log_snr[i]
+        if previous is not None and math.isfinite(h):
+            last_h = half_log_snr[i] - half_log_snr[i - 1]
+            extrapolated = x0 + (x0 - previous) * h / (2 * last_h)
+        shrink = math.sin(next_phi) / math.sin(phi)
+        x = shrink * x + math.cos(next_phi) * (1 - math.exp(-h)) * extrapolated
+        previous = x0
     return x
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Optimiser. muP and CompleteP [paper]: what is tuned on the base (L = 4, d = 512) holds at every size, because the
-# learning rate of each role follows the width m = d/512, and all else the depth L/4, as in this table. Roles that begin
-# at 0 have a new model say 0. The spectral norm of Muon's updates is fixed: its rate needs no m (Bernstein 2025).
+# --------------------------------------------------------------------------------------------------
+# 8. The training step. Muon updates the hidden matrices, AdamW the other parameters.
 
-ROLES = {  # role: (initial deviation times root of the inputs, learning rate and weight decay relative to the base's)
-    "input": (1, lambda m: 1, lambda m: 0),       # from frames or the noise level to the residual stream
-    "hidden": (1, lambda m: 1 / m, lambda m: m),  # between widths: learning rate times decay stays the same
-    "adaln": (0, lambda m: 1 / m, lambda m: 0),
-    "output": (0, lambda m: 1 / m, lambda m: 0),
-    "bias": (0, lambda m: 1, lambda m: 0),
-}
-RESIDUAL = lambda depth: 1 / depth                # what each branch is multiplied by; all roles have AdamW's
-EPSILON = lambda m, depth: 1e-8 / (m * depth)     # epsilon in common: gradients shrink with the branches
+# CHOICE: four Newton-Schulz steps, each with the coefficients that are best after the steps before
+# it, for singular values from 0.003 to 1 (Amsel et al. 2025, "The Polar Express").
+NEWTON_SCHULZ = ((8.3837, -24.7659, 18.3571), (4.0434, -3.0114, 0.5695),
+                 (3.5056, -2.6267, 0.5257), (2.4901, -1.8343, 0.4368))
 
 
-def role(model, name):
-    """The role of a parameter in `ROLES`, by its name. Every weight belongs to a layer that `linear` made."""
-    layer, _, kind = name.rpartition(".")
-    return "bias" if kind == "bias" else model.get_submodule(layer).role
-
-
-def make_optimizers(model, config, dtype=torch.float32):
-    """Optimisers over all parameters, by role; each group keeps its full learning rate as `peak`. Muon multiplies in
-    `dtype`."""
-    m, roles = config.width / BASE_WIDTH, {role: [] for role in ROLES}
-    for name, parameter in model.named_parameters():
-        roles[role(model, name)].append(parameter)
-    matrices = roles.pop("hidden") if config.optimizer == "muon" else []
-    groups = [dict(params=parameters, lr=config.lr * rate(m), weight_decay=config.weight_decay * decay(m))
-              for role, parameters in roles.items() for _, rate, decay in [ROLES[role]]]
-    epsilon = EPSILON(m, config.depth / BASE_DEPTH)
-    optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=epsilon, fused=not next(model.parameters()).is_meta)]
-    if matrices:
-        decay = config.weight_decay * config.lr / config.muon_lr
-        optimizers.append(Muon(matrices, config.muon_lr, decay, dtype=dtype))
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        group["peak"] = group["lr"]
-    return optimizers
-
-
-# CHOICE: four Newton-Schulz steps, each with the coefficients that are best after the steps before it, for singular
-# values from 0.003 to 1 (Amsel et al. 2025, "The Polar Express"). The usual five bring them no closer to 1.
-NEWTON_SCHULZ = ((8.3837, -24.7659, 18.3571), (4.0434, -3.0114, 0.5695), (3.5056, -2.6267, 0.5257),
-                 (2.4901, -1.8343, 0.4368))
+def polynomial(gram, a, b, c):
+    """a I + b gram + c gram^2, for gram (N, n, n)."""
+    result = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+    result.diagonal(dim1=1, dim2=2).add_(a)
+    return result
 
 
 def orthogonalize(matrices, dtype):
-    """(N, rows, columns) -> matrices with the same singular vectors, whose singular values are about 1, in `dtype`.
+    """(N, rows, columns) -> matrices with the same singular vectors and singular values of about 1,
+    computed in `dtype`.
 
-    Each step takes every singular value s to a s + b s^3 + c s^5, by products with a polynomial of a Gram matrix."""
+    A step takes every singular value s to a s + b s^3 + c s^5: it multiplies the matrix by a
+    polynomial of its Gram matrix."""
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.to(dtype)
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)                            # no s is larger than 1
-
-    def gram():
-        return x.mT @ x if tall else x @ x.mT
-
-    def polynomial(gram, a, b, c):
-        """a I + b gram + c gram^2"""
-        result = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        result.diagonal(dim1=1, dim2=2).add_(a)
-        return result
-
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)                  # now s is at most 1
     for coefficients in NEWTON_SCHULZ[:-2]:
-        step = polynomial(gram(), *coefficients)
-        x = x @ step if tall else step @ x
+        gram = x.mT @ x if tall else x @ x.mT
+        factor = polynomial(gram, *coefficients)
+        x = x @ factor if tall else factor @ x
 
-    # The last two steps share a Gram matrix, since polynomials of one matrix commute: a sixth of the time.
-    start = gram()
-    third = polynomial(start, *NEWTON_SCHULZ[-2])
-    fourth = polynomial(third @ start @ third, *NEWTON_SCHULZ[-1])
+    # The last two steps share one Gram matrix, since polynomials of a matrix commute: a sixth of
+    # the time saved.
+    gram = x.mT @ x if tall else x @ x.mT
+    third = polynomial(gram, *NEWTON_SCHULZ[-2])
+    fourth = polynomial(third @ gram @ third, *NEWTON_SCHULZ[-1])
     return x @ (third @ fourth) if tall else (fourth @ third) @ x
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose updates are made orthogonal, so that a step changes every direction of a matrix alike (Jordan et
-    al. 2024). Matrices of one shape are updated together. A state of torch.optim.Muon can be loaded."""
+    """Momentum whose updates are made orthogonal: a step changes every direction of a matrix alike
+    (Jordan et al. 2024). Matrices of one shape are updated in one batched product. Its rate is the
+    same at every width, because the spectral norm of the updates is fixed (Bernstein 2025)."""
 
     def __init__(self, matrices, lr, weight_decay, momentum=0.95, dtype=torch.float32):
         super().__init__(matrices, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
@@ -675,18 +775,19 @@ class Muon(torch.optim.Optimizer):
                 if matrix.grad is not None:
                     shapes.setdefault(matrix.shape, []).append(matrix)
             for matrices in shapes.values():
-                self.update(matrices, **group)
+                self.update(matrices, group["lr"], group["weight_decay"], group["momentum"])
 
-    def update(self, matrices, lr, weight_decay, momentum, **_):
+    def update(self, matrices, lr, weight_decay, momentum):
         """Update matrices (rows, columns) of one shape."""
-        gradients = [matrix.grad for matrix in matrices]
         for matrix in matrices:
             if "momentum_buffer" not in self.state[matrix]:
                 self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
+        gradients = [matrix.grad for matrix in matrices]
         buffers = [self.state[matrix]["momentum_buffer"] for matrix in matrices]
 
+        # Nesterov momentum, orthogonalised.
         torch._foreach_lerp_(buffers, gradients, 1 - momentum)
-        updates = torch.stack(torch._foreach_lerp(gradients, buffers, momentum))        # Nesterov's momentum
+        updates = torch.stack(torch._foreach_lerp(gradients, buffers, momentum))
         updates = orthogonalize(updates, self.dtype).to(matrices[0].dtype)
 
         rows, columns = matrices[0].shape
@@ -694,98 +795,932 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_add_(matrices, list(updates), alpha=-lr * max(1, rows / columns) ** 0.5)
 
 
-def lr_factor(config, step):
-    """Share of the full learning rate at a step: warm-up, then a cosine, or stable and at last a linear decay."""
-    warm = min(1.0, (step + 1) / max(1, config.warmup))
-    if config.lr_schedule == "cosine":
-        return warm * (0.5 + 0.5 * math.cos(math.pi * step / config.steps))
-    return warm * min(1.0, (config.steps - step) / (config.steps - decay_start(config.steps)))
+def make_optimizers(model, config, dtype=torch.float32):
+    """AdamW, and Muon if asked for, over all parameters of `model`, with the learning rate and
+    weight decay of their roles. Each group keeps its full learning rate as "peak"."""
+    m, depth = config.width / BASE_WIDTH, config.depth / BASE_DEPTH
+    by_role = {name: [] for name in ROLES}
+    for name, parameter in model.named_parameters():
+        by_role[role(model, name)].append(parameter)
+    matrices = by_role.pop("hidden") if config.optimizer == "muon" else []
+
+    groups = []
+    for name, parameters in by_role.items():
+        lr = config.lr * m ** ROLES[name].lr_power
+        decay = config.weight_decay * m if ROLES[name].decays else 0.0
+        groups.append(dict(params=parameters, lr=lr, weight_decay=decay))
+    fused = not next(model.parameters()).is_meta
+    epsilon = 1e-8 / (m * depth)                                              # CompleteP
+    optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=epsilon, fused=fused)]
+    if matrices:
+        decay = config.weight_decay * config.lr / config.muon_lr
+        optimizers.append(Muon(matrices, config.muon_lr, decay, dtype=dtype))
+
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak"] = group["lr"]
+    return optimizers
 
 
 def decay_start(steps):
-    """The step at which wsd begins to decay (Hu et al. 2024): up to here, runs of different length are the same run."""
+    """The step at which wsd begins to decay (Hu et al. 2024). Until then, runs of different length
+    are the same run."""
     return steps - math.ceil(steps / 4)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Checkpoints. Tensors and plain values only, loaded with weights_only=True: a file from the internet can run no code.
-# Written under a temporary name, flushed to the disk, then renamed: there is a whole checkpoint at every moment.
+def lr_factor(config, step):
+    """Learning rate at a step, relative to its peak: linear warmup, then cosine; or constant and at
+    last a linear decay (wsd)."""
+    warmup = min(1.0, (step + 1) / max(1, config.warmup))
+    if config.lr_schedule == "cosine":
+        return warmup * (0.5 + 0.5 * math.cos(math.pi * step / config.steps))
+    decay = (config.steps - step) / (config.steps - decay_start(config.steps))
+    return warmup * min(1.0, decay)
 
-FREE = {"out", "steps", "minutes", "micro_batch", "eval_every", "device", "dtype", "compile", "parallel", "json",
-        "checkpoint_activations", "print_params", "dry_run", "devices", "tflops"}  # may change when a run goes on
+
+class OneDevice:
+    """Where a training step runs. `ManyDevices`, in Part II, has the same methods."""
+    rank, ranks = 0, 1
+
+    def __init__(self, device="cpu", dtype=torch.float32):
+        self.device, self.dtype = torch.device(device), dtype
+
+    def micro_batches(self, config):
+        """Positions in the batch that this device computes: a range for each forward pass."""
+        share = config.batch_size // self.ranks
+        size = config.micro_batch or share
+        first = self.rank * share
+        return [range(i, i + size) for i in range(first, first + share, size)]
+
+    def exchange(self, network, last):
+        """The context of a forward and backward pass, and of the exchange of gradients after it."""
+        return contextlib.nullcontext()
+
+    def total(self, value):
+        """The sum of a tensor over all devices."""
+        return value
+
+
+def self_conditions(config, step):
+    """Whether a training step uses self-conditioning."""
+    return uniform(config.seed, "guess", step) < config.self_condition
+
+
+def noise_levels(config, diffusion, step, positions):
+    """Noise angles (b,) of the windows at these positions in a step's batch. Times are stratified:
+    each window of the batch draws from an interval of its own."""
+    offset = uniform(config.seed, "time", step)
+    u = (torch.tensor(positions) + offset) / config.batch_size
+    return diffusion.angle(diffusion.times(u))
+
+
+def drop_contexts(config, ctx, silence, step, positions):
+    """Contexts (b, Tc, C), some of them replaced by `silence` (C,), for guidance."""
+    first = step * config.batch_size
+    drop = [uniform(config.seed, "drop", first + i) < config.ctx_drop for i in positions]
+    return torch.where(torch.tensor(drop)[:, None, None].to(ctx.device), silence, ctx)
+
+
+def training_step(network, ema, optimizers, diffusion, config, step, batches, hardware):
+    """One update of the network, of its EMA and of the optimisers' state.
+
+    `batches` iterates over micro-batches: ctx (b, Tc, C), x0 (b, Tg, C), eps like x0. Returns the
+    loss and the gradient norm; where either is not finite, no weight has changed."""
+    self_condition = self_conditions(config, step)
+    parts = hardware.micro_batches(config)
+
+    # Gradients, summed over the micro-batches.
+    total = torch.zeros((), device=hardware.device)
+    for positions, (ctx, x0, eps) in zip(parts, batches):
+        phi = noise_levels(config, diffusion, step, positions).to(ctx.device)
+        ctx = drop_contexts(config, ctx, ema.silence, step, positions)
+        with hardware.exchange(network, last=positions == parts[-1]):
+            with autocast(hardware.device, hardware.dtype):
+                losses = diffusion.loss(network, x0, ctx, phi, eps, self_condition)
+                loss = losses.sum() / config.batch_size
+            (loss * hardware.ranks).backward()                # the exchange takes the mean
+        total += loss.detach()
+    total = hardware.total(total)
+
+    norm = nn.utils.clip_grad_norm_(network.parameters(), config.clip)
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm       # of FSDP2's shards
+    loss, norm = torch.stack([total, norm]).tolist()                          # waits for the device
+
+    if math.isfinite(loss + norm):
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * lr_factor(config, step)
+            optimizer.step()
+
+        # The EMA has a short memory at first.
+        decay = min(config.ema, (1 + step) / (10 + step))
+        with torch.no_grad():
+            averages, weights = list(ema.parameters()), list(network.parameters())
+            torch._foreach_lerp_(averages, weights, 1 - decay)
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    return loss, norm
+
+
+# ==================================================================================================
+# PART II: THE MACHINERY (skip this at first reading)
+# ==================================================================================================
+
+import argparse
+import ast
+import copy
+import ctypes
+import datetime
+import gc
+import importlib
+import itertools
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+import warnings
+import zipfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+LAUNCHED = time.perf_counter()
+
+
+# --------------------------------------------------------------------------------------------------
+# 9. Decoder: frames -> sound. It follows Vocos (Siuzdak 2023): ConvNeXt blocks at the frame rate
+# predict a spectrum, one inverse STFT makes the waveform. But frames hold no phase, and a minute of
+# training is too short to learn one. So the network shapes a source-filter model (Dudley 1939):
+# pulses at the pitch found in the frames, and noise. For every bin it predicts a gain, the depth of
+# the harmonics, and the ratio of pulses to noise. Griffin-Lim then makes the phases of neighbouring
+# frames agree.
+
+DECODER_FFT = WINDOW       # no zero padding: 601 bins
+HARMONICS = 3.5            # a typical log magnitude of the pulse train: neutral for the harmonics
+
+
+def istft(spectrum):
+    """(B, n + 1, T) complex -> (B, n/2 T) samples; the inverse of `stft(wave, 2n, n/2, 2n)`."""
+    fft = 2 * spectrum.shape[1] - 2
+    hop = fft // 4
+    taper = torch.hann_window(fft, device=spectrum.device)
+    return torch.istft(spectrum, fft, hop, fft, taper, length=hop * spectrum.shape[-1])
+
+
+def unmel(mel, iterations=3):
+    """(B, T, 80) log-mel -> (B, 601, T) non-negative magnitudes with this mel spectrum, by
+    multiplicative updates (Richardson 1972; Lucy 1974)."""
+    bank = mel_bank(DECODER_FFT).to(mel.device)             # (80, 601)
+    mel = mel.exp().mT                                      # (B, 80, T)
+    spread = bank.T / bank.sum(0)[:, None].clamp(min=1e-8)
+    magnitude = (spread @ (mel / bank.sum(1)[:, None])).clamp(min=1e-7)
+    for _ in range(iterations):
+        ratio = mel / (bank @ magnitude)
+        magnitude = (magnitude * (spread @ ratio)).clamp(min=1e-7)
+    return magnitude
+
+
+@torch.no_grad()
+def pitch(magnitude, low=60, high=420):
+    """(B, 601, T) magnitudes -> pitch in Hz (B, T) and periodicity, at most 1 (B, T).
+
+    The best of 256 comb filters below 5 kHz, 0.8 % apart, on compressed magnitudes: without the
+    compression one strong formant would hide the other harmonics."""
+    bins = torch.arange(2, 5000 * DECODER_FFT // RATE, device=magnitude.device)
+    hertz = low * (high / low) ** torch.linspace(0, 1, 256, device=magnitude.device)
+    combs = torch.cos(2 * math.pi * bins * RATE / DECODER_FFT / hertz[:, None])   # (256, bins)
+    compressed = magnitude[:, 2:2 + len(bins)] ** 0.7
+    periodicity, best = (combs @ compressed / compressed.sum(1, keepdim=True)).max(1)
+
+    # A running median over five frames removes single octave errors.
+    padded = F.pad(hertz[best], (2, 2), mode="replicate")
+    return padded.unfold(1, 5, 1).median(-1).values, periodicity
+
+
+def pulses(hertz, start, phase):
+    """Pitch (B, T) -> pulse train (B, 300 T) with harmonics up to 12 kHz, and its phase in cycles
+    (B, 300 T), which is `phase` (B, 1) at frame `start`."""
+    hertz = hertz[:, None].cpu().double()                   # on the CPU: not MPS has no doubles
+    hertz = F.interpolate(hertz, scale_factor=HOP, mode="linear")[:, 0]
+    cycles = F.pad((hertz / RATE).cumsum(1), (1, 0))
+    cycles = cycles[:, 1:] - cycles[:, start * HOP, None] + phase
+    cycles = cycles - cycles.round()
+
+    harmonics = RATE / 2 / hertz.float()
+    distance = torch.sin(math.pi * cycles.float())
+    train = harmonics.sqrt() * torch.exp(-0.5 * (harmonics * distance) ** 2)
+    return train, cycles
+
+
+def griffin_lim(magnitude, source, iterations=32, momentum=0.99):
+    """Magnitudes (B, n + 1, T) and a complex spectrum with initial phases, of the same shape ->
+    complex spectrum whose phases agree better between frames (Perraudin et al. 2013)."""
+    fft = 2 * magnitude.shape[1] - 2
+    phase, previous = source.sgn(), None
+    for _ in range(iterations):
+        projected = stft(istft(magnitude * phase), fft, fft // 4, fft)
+        if previous is None:
+            phase = projected.sgn()
+        else:
+            phase = (projected - previous * (momentum / (1 + momentum))).sgn()
+        previous = projected
+    return magnitude * phase
+
+
+def two_band_griffin_lim(magnitude, source, low=60):
+    """Eight iterations below 1.2 kHz, where phase matters most and an iteration costs a fifteenth,
+    then two over the whole spectrum. The lowest n + 1 bins are themselves speech at a lower rate.
+    """
+    low_band = griffin_lim(magnitude[:, :low + 1], source[:, :low + 1], iterations=8)
+    source = torch.cat([low_band[:, :low], source[:, low:]], dim=1)
+    return griffin_lim(magnitude, source, iterations=2)
+
+
+class AudioAutoencoder(Encoder):
+    """encode: wave (B, N) -> frames (B, T, C);  decode: frames -> wave (B, 300 T)."""
+
+    def __init__(self, latent_dim=0, decoder="neural"):
+        super().__init__(latent_dim)
+        self.decoder = decoder
+        if decoder == "neural":
+            self.shaper = convnext(MELS + 2, 3 * (DECODER_FFT // 2 + 1))
+            for parameter in self.shaper[-1].parameters():
+                nn.init.zeros_(parameter)                     # an untrained network changes nothing
+
+    def spectrum(self, normalised, noise, start=0, phase=0, dtype=torch.float32):
+        """Normalised log-mel (B, T, 80) and noise (1, 300 T) -> magnitudes (B, 601, T), a complex
+        spectrum with initial phases (B, 601, T), and the phase of the pulses (B, 300 T), which is
+        `phase` at frame `start`."""
+        mel = normalised * self.mel_stats[1] + self.mel_stats[0]
+        hiss = stft(noise, DECODER_FFT)
+        if self.decoder == "griffinlim":
+            return unmel(mel), hiss, noise
+
+        # The source: pulses at the pitch of each frame.
+        magnitude = unmel(mel, iterations=1)
+        hertz, periodicity = pitch(magnitude)                                 # (B, T) each
+        train, phase = pulses(hertz, start, phase)
+        hum = stft(train.to(mel.device), DECODER_FFT)
+
+        # The network's three predictions for every bin of every frame.
+        relative_pitch = (hertz / 150).log()[..., None]
+        features = torch.cat([normalised, relative_pitch, periodicity[..., None]], dim=-1)
+        features = features.mT.to(self.shaper[0].weight.dtype)
+        with autocast(mel.device, dtype):
+            prediction = self.shaper(features).float()
+        gain, comb, ratio = prediction.chunk(3, dim=1)                        # (B, 601, T) each
+
+        # The filter: a mel band is wider than a harmonic, so the harmonics are put back.
+        harmonics = hum.abs().clamp(min=1).log() - HARMONICS
+        magnitude = magnitude * (gain + comb * harmonics).clamp(-8, 3).exp()
+
+        # Pulses and noise. Before training, the log ratio is -3 where nothing is periodic, and 5
+        # where everything is.
+        log_ratio = ratio + 8 * periodicity[:, None] - 3
+        source = hum * log_ratio.clamp(-8, 8).exp() + hiss
+        return magnitude, source, phase
+
+    def decode(self, frames, piece=1600, margin=64):
+        """(B, T, C) frames -> (B, 300 T) samples. Long inputs are decoded in pieces that overlap by
+        `margin` frames on each side, so memory stays bounded. Raises UserError for a wrong shape
+        and for frames that are not finite."""
+        length = frames.shape[1] if frames.ndim == 3 else 0
+        if not length or frames.shape[2] != self.channels:
+            raise UserError(f"decode takes frames (B, T, {self.channels}) with T > 0, not "
+                            f"{tuple(frames.shape)}")
+        if not torch.isfinite(frames).all():
+            raise UserError("decode takes finite frames; these hold NaN or infinite values")
+
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(1, HOP * length, generator=generator).to(frames.device)
+        agree = two_band_griffin_lim if self.decoder == "neural" else griffin_lim
+        waves, phase = [], 0
+        for start in range(0, length, piece):
+            stop = min(start + piece, length)
+            first, last = max(0, start - margin), min(stop + margin, length)
+            mel = self.to_mel(frames[:, first:last])
+            magnitude, source, phases = self.spectrum(
+                mel, noise[:, first * HOP:last * HOP], start - first, phase)
+            phase = phases[:, (stop - first) * HOP - 1, None]                 # the next goes on
+            wave = istft(agree(magnitude, source))
+            waves.append(wave[:, (start - first) * HOP:(stop - first) * HOP])
+        return torch.cat(waves, dim=1)
+
+    def decoder_loss(self, wave, dtype=torch.float32):
+        """Loss of the decoder on samples (B, N): log-mel and STFT magnitudes of what it decodes."""
+        target = log_mel(wave)
+        mel = self.to_mel(self.from_mel(target)).detach()
+        magnitude, source, _ = self.spectrum(mel, torch.randn_like(wave[:1]), dtype=dtype)
+        decoded = istft(griffin_lim(magnitude, source, iterations=2))
+        return 5 * F.l1_loss(log_mel(decoded), target) + stft_distance(decoded, wave)
+
+
+def stft_distance(decoded, wave):
+    """Multi-resolution STFT distance of (B, N) samples: spectral convergence and log magnitude
+    (Yamamoto et al. 2020)."""
+    total = 0
+    for fft in (512, 1024, 2048):
+        a = stft(decoded, fft, fft // 4, fft).abs()
+        b = stft(wave, fft, fft // 4, fft).abs()
+        total = total + 3 * (a - b).norm() / b.norm().clamp(min=1e-3)
+        total = total + F.l1_loss((a + 1e-4).log(), (b + 1e-4).log())
+    return total
+
+
+# --------------------------------------------------------------------------------------------------
+# 10. Files: recordings of any kind, and writing that leaves a whole file or the old one.
+
+AUDIO_FILES = set(".wav .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .au .caf .w64 .rf64 .sph"
+                  .split())
+
+
+def reason(error):
+    """The first line of an error's message, or failing that its type."""
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def printable(name):
+    """A file name, whatever is in it, as text that can be printed on one line and hashed."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
+
+
+def fingerprint(text):
+    """Eight hexadecimal digits that stand for a text."""
+    return hashlib.blake2b(os.fsencode(text), digest_size=4).hexdigest()
+
+
+def resample(wave, rate, new_rate=RATE):
+    """(N,) at `rate` Hz -> (ceil(N * new_rate / rate),): the same spectrum, cut off or padded with
+    zeros."""
+    if rate == new_rate:
+        return wave
+    seconds = len(wave) // rate + 2             # whole seconds: whole numbers of samples at both
+    spectrum = torch.fft.rfft(F.pad(wave, (0, seconds * rate - len(wave))))
+    shared = min(rate, new_rate) * seconds // 2
+    spectrum = F.pad(spectrum[:shared], (0, new_rate * seconds // 2 + 1 - shared))
+    resampled = torch.fft.irfft(spectrum, seconds * new_rate) * (new_rate / rate)
+    return resampled[:-(-len(wave) * new_rate // rate)]
+
+
+def read_audio(path, start=0, stop=math.inf):
+    """Yield seconds `start` to `stop` of a recording, a minute at a time: mono (the mean of the
+    channels), 24 kHz, float32 (N,). Raises UserError if it can't be read or holds NaN."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        with soundfile.SoundFile(path) as file:
+            rate = file.samplerate
+            end = math.ceil(min(file.frames, stop * rate))
+            if not 8000 <= rate <= 192_000:
+                raise UserError(f"{path}: {rate} Hz is outside 8 to 192 kHz")
+            for at in range(start * rate, end, 60 * rate):
+                # Minutes overlap by a second, so that resampling makes no edge between them.
+                before = min(at, rate)
+                if at:
+                    file.seek(at - before)
+                count = min(61 * rate, end - at) + before
+                piece = file.read(count, dtype="float32", always_2d=True)
+                if len(piece) <= before:                      # the header promised more
+                    break
+                if not np.isfinite(piece).all():
+                    raise UserError(f"{path}: contains NaN or infinite samples")
+                samples = -(-min(60 * rate, len(piece) - before) * RATE // rate)
+                mono = torch.from_numpy(piece.clip(-1, 1).mean(1))
+                yield resample(mono, rate)[before * RATE // rate:][:samples]
+    except (soundfile.SoundFileError, OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"{path}: not readable as audio ({reason(error)})") from None
+
+
+def load_audio(path):
+    """A whole recording, (N,) float32 at 24 kHz. Raises UserError if it is not audio, or empty."""
+    pieces = list(read_audio(path))
+    if not pieces:
+        raise UserError(f"{path}: contains no samples")
+    return torch.cat(pieces)
+
+
+def save_audio(path, wave):
+    """Write (N,) samples at 24 kHz as a 16-bit WAV. Samples above full scale turn all down."""
+    wave = wave.detach().float().cpu().numpy()
+    wave = wave / max(1.0, np.abs(wave).max(initial=0))
+    with replacing(path) as temporary:
+        soundfile.write(temporary, wave, RATE, format="WAV", subtype="PCM_16")
+
+
+@contextlib.contextmanager
+def replacing(path, keep=None):
+    """Write a file whole or not at all: yields a temporary path that becomes `path` if all goes
+    well. `keep`: a name under which the old file is kept. One process at a time."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        if keep and path.exists():
+            os.replace(path, keep)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:                  # torch, libsndfile: RuntimeError
+        why = getattr(error, "strerror", None) or reason(error)
+        if path.parent.is_dir() and shutil.disk_usage(path.parent).free < 2 ** 20:
+            why = "the disk is full"
+        raise UserError(f"{path} could not be written ({why}); the old file is kept") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_room(path, size, purpose):
+    """Raise UserError if `size` more bytes don't fit on the disk where `path` is, or will be."""
+    path = Path(path).absolute()
+    while not path.exists():
+        path = path.parent
+    free = shutil.disk_usage(path).free
+    if size > free:
+        raise UserError(f"{path} has {free / 2 ** 30:.2f} GiB free, but {size / 2 ** 30:.2f} are "
+                        f"needed for {purpose}")
+
+
+def lock(path, wait=False):
+    """Hold a file for this process until it is closed. Returns None if another process holds it,
+    unless we `wait`."""
+    file = open(path, "a")
+    try:
+        import fcntl                                          # not on Windows: no lock there
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except ImportError:
+        pass
+    except BlockingIOError:
+        file.close()
+        return None
+    except OSError as error:
+        print(f"note: the disk of {path} has no locks ({error.strerror}); start one run at a time")
+    return file
+
+
+# --------------------------------------------------------------------------------------------------
+# 11. Data. A source, a folder or the toy corpus, is a list of clips. They are cached once, in
+# shards of about half an hour: int16 audio for the decoder, float16 log-mel for the diffusion. A
+# hash of a clip's own name decides whether it is for training or validation, so a new file moves no
+# other. Long recordings are split minute by minute; a second is left out where the splits meet.
+
+CACHE_VERSION, SHARD_SECONDS, BLOCK_SECONDS, VALIDATION_SHARE = 3, 1800, 60, 0.06
+
+
+@dataclass
+class Clip:
+    """A recording, or up to half an hour of a long one."""
+    name: str                     # its path in the source
+    seconds: float
+    read: Callable                # () -> samples (N,) int16
+    minute: int = 0               # where in the recording it begins
+
+
+@dataclass
+class Source:
+    """Where clips come from. Another `contents` is another cache."""
+    name: str
+    contents: str
+    clips: list
+    skipped: dict                 # {file: why it can't be used}
+
+
+def pcm(wave):
+    """(N,) samples -> int16, as they are cached."""
+    return (wave.clamp(-1, 1) * 32767).round().short()
+
+
+def check_data(config):
+    """Raise UserError if one of the folders of `config.data` is not there."""
+    for name in [config.data] if isinstance(config.data, str) else config.data:
+        if name == "toy" and lab("toyspeech") is None:
+            raise UserError("--data toy needs lab/toyspeech.py beside cdslm.py; or give --data a "
+                            "folder of recordings")
+        if name != "toy" and not Path(name).is_dir():
+            raise UserError(f"--data {name}: no such folder")
+
+
+def toy_source(config):
+    """The toy corpus: utterances of 20 s, or longer where windows are, each by its own speaker."""
+    toyspeech, seconds = lab("toyspeech"), 20.0
+    toy = toyspeech.ToySpeech(config.toy_languages, config.toy_words)
+    while seconds < 1.25 * (config.ctx_seconds + config.gen_seconds):
+        seconds += 10
+    count = max(2, round(config.toy_hours * 3600 / seconds))
+
+    def read(number):
+        return pcm(torch.from_numpy(toy.utterance(number, seconds).wave))
+
+    clips = [Clip(f"utterance {i}", seconds, functools.partial(read, i)) for i in range(count)]
+    bits = [f"{toy.entropy_per_phone(i):.2f}" for i in range(config.toy_languages)]
+    print(f"toy speech, version {toyspeech.VERSION}: {config.toy_words} words per language, "
+          f"{', '.join(bits)} bits per phone")
+    name = f"toy-{config.toy_languages}x{config.toy_words}-{count}x{seconds:.0f}s"
+    return Source(name, f"{CACHE_VERSION} {toyspeech.VERSION}", clips, {})
+
+
+def folder_source(folder):
+    """A folder of recordings, searched to any depth. Files that can't be read are `skipped`."""
+    root, clips, skipped, contents = Path(folder), [], {}, [str(CACHE_VERSION)]
+
+    def closed(error):                                        # a folder that may not be read
+        skipped[printable(os.path.relpath(error.filename, root))] = error.strerror
+
+    files = [Path(parent, name) for parent, folders, names in os.walk(root, onerror=closed)
+             for name in folders + names if Path(name).suffix.lower() in AUDIO_FILES]
+    for path in sorted(files):
+        name = printable(path.relative_to(root).as_posix())
+        try:
+            stat = path.stat()
+            if not path.is_file():
+                raise UserError("not a file")
+            seconds = soundfile.info(path).duration
+            if not seconds:
+                raise UserError("contains no samples")
+            if seconds > stat.st_size:
+                raise UserError("its header promises more than it holds")
+        except Exception as error:                            # a broken file may raise anything
+            skipped[name] = printable(reason(error))
+            continue
+        contents.append(f"{name} {stat.st_size} {stat.st_mtime_ns}")
+        for start in range(0, math.ceil(seconds), SHARD_SECONDS):
+            stop = min(start + SHARD_SECONDS, seconds)
+            read = functools.partial(read_clip, path, start, stop, name, skipped)
+            clips.append(Clip(name, stop - start, read, start // 60))
+    if not clips:
+        why = f"none of its {len(files)} audio files can be read" if files else "no audio files"
+        raise UserError(f"--data {folder}: {why}; wav, flac, ogg, mp3 and others can be used")
+
+    # Short clips of a folder lie in the order of their hash: those for validation are neighbours.
+    clips.sort(key=lambda clip: (os.path.dirname(clip.name), clip.seconds < BLOCK_SECONDS and
+                                 uniform(0, clip.name, 0), clip.name))
+    short = re.sub(r"[^A-Za-z0-9]", "-", root.resolve().name)
+    return Source(f"{short}-{fingerprint(str(root.resolve()))}", "\n".join(contents), clips,
+                  skipped)
+
+
+def read_clip(path, start, stop, name, skipped):
+    """Samples of a recording (N,) int16; what can't be read is left out and noted in `skipped`."""
+    waves = [torch.zeros(0, dtype=torch.int16)]
+    try:
+        for wave in read_audio(path, start, stop):
+            waves.append(pcm(wave))
+    except UserError as error:
+        skipped[name] = printable(reason(error))
+    return torch.cat(waves)
+
+
+def cache_root():
+    """Where corpora are cached: $CDSLM_CACHE, or ~/.cache/cdslm."""
+    return Path(os.environ.get("CDSLM_CACHE") or Path.home() / ".cache" / "cdslm")
+
+
+def build_cache(source):
+    """Cache all clips of a source and return the open shards. A shard is complete once its .json is
+    there, so an interrupted build goes on where it stopped. A complete shard never changes."""
+    folder = cache_root() / f"{source.name}-{fingerprint(source.contents)}"
+    for old in sorted(set(cache_root().glob(f"{source.name}-{'[0-9a-f]' * 8}")) - {folder}):
+        print(f"{source.name} has changed since it was cached; the old cache {old} can be deleted "
+              "if no run uses it")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cache {folder}: {error.strerror}; set CDSLM_CACHE to a folder that can "
+                        "be written") from None
+
+    # Which clips belong to which shard.
+    plan, total = {}, 0.0
+    for clip in source.clips:
+        total += clip.seconds
+        plan.setdefault(folder / f"{int(total / SHARD_SECONDS):05d}", []).append(clip)
+
+    shards = {stem: open_shard(stem) for stem in plan}
+    if not all(shards.values()):
+        with lock(folder / ".lock", wait=True):               # another process may be at work
+            shards = {stem: open_shard(stem) for stem in plan}
+            missing = {stem: clips for stem, clips in plan.items() if not shards[stem]}
+            seconds = sum(clip.seconds for clips in missing.values() for clip in clips)
+            check_room(folder, seconds * (2 * RATE + 2 * MELS * FRAME_RATE),
+                       "the cache; CDSLM_CACHE moves it")
+            with (tqdm(total=round(seconds), desc="caching speech", unit="s") as bar,
+                  ThreadPoolExecutor(os.cpu_count()) as pool):
+                for stem, clips in missing.items():
+                    if Path(f"{stem}.json").exists():
+                        print(f"warning: {stem} in the cache is damaged; making it again")
+                    build_shard(stem, source, clips, pool)
+                    bar.update(round(sum(clip.seconds for clip in clips)))
+                    shards[stem] = open_shard(stem)
+    return list(shards.values())
+
+
+def build_shard(stem, source, clips, pool):
+    """Write a shard: STEM.audio.npy (N,) int16, STEM.mel.npy (N/300, 80) float16, and last
+    STEM.json with its contents."""
+    def samples(clip):
+        wave = clip.read()
+        return F.pad(wave, (0, -len(wave) % HOP)).numpy()
+
+    def frames(start):
+        """Log-mel of a minute, computed with some of its surroundings: minutes join seamlessly."""
+        first, last = max(0, start - 8 * HOP), min(len(audio), start + 60 * RATE + 8 * HOP)
+        mel = log_mel(torch.from_numpy(audio[first:last]).float()[None] / 32767)[0]
+        return mel[(start - first) // HOP:][:60 * FRAME_RATE].half().numpy()
+
+    waves = list(pool.map(samples, clips))
+    lengths = [len(wave) // HOP for wave in waves]
+    audio = np.concatenate(waves)
+    del waves                                                 # hold a long recording only once
+    minutes = list(pool.map(frames, range(0, len(audio), 60 * RATE)))
+    mel = np.concatenate(minutes) if minutes else np.zeros((0, MELS), np.float16)
+
+    contents = {"clips": [[c.name, c.minute, length] for c, length in zip(clips, lengths)],
+                "skipped": dict(source.skipped)}
+    for kind, array in (("audio", audio), ("mel", mel)):
+        with replacing(f"{stem}.{kind}.npy") as temporary, open(temporary, "wb") as file:
+            np.save(file, array, allow_pickle=False)
+    contents["seal"] = seal(contents, audio, mel)
+    with replacing(f"{stem}.json") as temporary:
+        temporary.write_text(json.dumps(contents))
+
+
+def seal(contents, audio, mel):
+    """A hash of a shard's contents, its arrays' types and shapes, and 64 frames of each."""
+    text = f"{contents['clips']} {contents['skipped']}"
+    for array in (audio.reshape(-1, HOP), mel.reshape(-1, MELS)):
+        spread = array[::len(array) // 64 + 1]
+        text += f" {array.dtype.str} {array.shape} {spread.tobytes()}"
+    return fingerprint(text)
+
+
+def open_shard(stem):
+    """A shard: its contents, and its arrays mapped from the disk. None if it isn't there, or isn't
+    as it was written."""
+    try:
+        shard = json.loads(Path(f"{stem}.json").read_text())
+        for kind in ("audio", "mel"):
+            shard[kind] = np.load(f"{stem}.{kind}.npy", mmap_mode="r", allow_pickle=False)
+        if seal(shard, shard["audio"], shard["mel"]) == shard["seal"]:
+            return shard
+    except FileNotFoundError:
+        pass
+    except OSError:                                           # a failing disk is not a damaged file
+        raise
+    except Exception:                                         # damage may raise anything
+        pass
+    return None
+
+
+class Corpus:
+    """A cache, split into "train" and "valid" and served as windows. Any integer key names a
+    window; uniform keys make every start of a window equally likely."""
+
+    def __init__(self, shards, window):
+        self.shards, self.window = shards, window
+        self.skipped = {}
+        clips = []
+        for number, shard in enumerate(shards):
+            self.skipped |= shard["skipped"]
+            start = 0
+            for name, minute, frames in shard["clips"]:
+                clips.append((name, minute, number, start, frames))
+                start += frames
+        self.runs, self.tables = split(clips, window), {}
+
+    def hours(self, split):
+        """Hours of a split in runs that are long enough for a window."""
+        frames = self.runs[split][:, 2]
+        return frames[frames >= self.window].sum() / FRAME_RATE / 3600
+
+    def windows(self, kind, split, keys, frames):
+        """Windows, float32: "mel" (len(keys), frames, 80) or "audio" (len(keys), 300 * frames)."""
+        if (split, frames) not in self.tables:
+            runs = self.runs[split]
+            runs = runs[runs[:, 2] >= frames]
+            self.tables[split, frames] = runs, np.cumsum(runs[:, 2] - frames + 1)
+        runs, ends = self.tables[split, frames]
+
+        hop, windows = {"mel": 1, "audio": HOP}[kind], []
+        for key in keys:
+            place = key % int(ends[-1])                       # among all starts of all runs
+            row = np.searchsorted(ends, place, side="right")
+            shard, start, length = runs[row]
+            start += place - (ends[row] - (length - frames + 1))
+            windows.append(self.shards[shard][kind][start * hop:(start + frames) * hop])
+        windows = np.stack(windows).astype(np.float32)
+        return windows if kind == "mel" else windows / 32767
+
+    def mel_stats(self):
+        """Mean and standard deviation of training log-mel over all bands; number of live bands."""
+        keys = [keyed(0, "statistics", i) for i in range(512)]
+        mel = self.windows("mel", "train", keys, 32)
+        if mel.std() < 1e-3:
+            raise UserError("the recordings are silent")
+        live = np.quantile(mel, 0.99, (0, 1)) > math.log(FLOOR) + 2
+        return float(mel.mean()), float(mel.std()), int(live.sum())
+
+
+def split(clips, window):
+    """Clips (name, minute, shard, first frame, frames) -> {split: runs (R, 3)}: contiguous frames
+    (shard, first, frames). Raises UserError if a split has no run of `window` frames.
+
+    Clips shorter than a window are joined with neighbours of their folder, longer ones never."""
+    total = sum(clip[-1] for clip in clips)
+    size = max(BLOCK_SECONDS * FRAME_RATE, 3 * window)
+    if total <= 20 * size:
+        size = 2 * window                                     # little speech is split more finely
+    blocks = []
+    for name, minute, shard, start, frames in clips:
+        place = name if frames >= window else os.path.dirname(name) + "/"
+        for at in range(0, frames, size):
+            chance = uniform(0, name, (minute * 60 * FRAME_RATE + at) // size)
+            blocks.append((chance, place, name, shard, start + at, min(size, frames - at)))
+
+    # Usually 6 % are for validation; of very little speech, what gives each split a window.
+    limits = np.quantile([block[0] for block in blocks], np.linspace(0, 1, 65)) if blocks else []
+    for limit in [VALIDATION_SHARE, *limits]:
+        runs = join(blocks, limit)
+        if all((rows[:, 2] >= window).any() for rows in runs.values()):
+            return runs
+    raise UserError(f"too little speech: {total / FRAME_RATE:.1f} s, where training and validation "
+                    f"each need a stretch of {window / FRAME_RATE:g} s; add some, or shorten "
+                    "--gen-seconds")
+
+
+def join(blocks, limit):
+    """Runs of neighbouring blocks (see `split`): chances up to `limit` are for validation."""
+    runs, previous = {"train": [], "valid": []}, None
+    for chance, place, name, shard, start, frames in blocks:
+        kind = "valid" if chance <= limit else "train"
+        if previous == (kind, place, shard):
+            runs[kind][-1][2] += frames
+        else:
+            if previous and previous[1:] == (place, shard) and runs[previous[0]][-1][3] == name:
+                last = runs[previous[0]][-1]
+                last[2] -= min(FRAME_RATE, last[2])           # the second between the splits
+            runs[kind].append([shard, start, frames, name])
+        previous = kind, place, shard
+    return {kind: np.array([row[:3] for row in rows]).reshape(-1, 3)
+            for kind, rows in runs.items()}
+
+
+def open_corpus(config):
+    """Build or find the cache of each of `config.data` and return the Corpus of all."""
+    check_data(config)
+    names = [config.data] if isinstance(config.data, str) else config.data
+    sources = [toy_source(config) if name == "toy" else folder_source(name) for name in names]
+    window = config.ctx_frames + config.gen_frames
+
+    # Is there enough speech, as far as file headers tell?
+    clips = [clip for source in sources for clip in source.clips]
+    frames = [int(clip.seconds * FRAME_RATE) for clip in clips]
+    starts = np.cumsum([0, *frames])
+    split([(c.name, c.minute, 0, s, n) for c, s, n in zip(clips, starts, frames)], window)
+
+    corpus = Corpus([shard for source in sources for shard in build_cache(source)], window)
+    for source in sources:
+        corpus.skipped |= source.skipped
+    if corpus.skipped:
+        named = [f"{name} ({why})" for name, why in list(corpus.skipped.items())[:5]]
+        more = "; ..." if len(corpus.skipped) > 5 else ""
+        print(f"skipped {len(corpus.skipped)} files that can't be used: {'; '.join(named)}{more}")
+    train, valid = corpus.hours("train"), corpus.hours("valid")
+    unused = sum(len(shard["mel"]) for shard in corpus.shards) / FRAME_RATE / 3600 - train - valid
+    print(f"{train:.2f} hours of speech for training, {valid:.2f} for validation"
+          + (f", {unused:.2f} in pieces shorter than a window" if unused > 0.005 else "")
+          + f"; {corpus.mel_stats()[2]} of {MELS} mel bands are alive")
+    return corpus
+
+
+# --------------------------------------------------------------------------------------------------
+# 12. Checkpoints: tensors and plain values only, loaded with weights_only=True, so that a file from
+# the internet can run no code. There is a whole checkpoint on the disk at every moment.
+
+CHECKPOINTS = "checkpoint.pt", "checkpoint.previous.pt", "trunk.pt"           # the newest first
+MAY_CHANGE = {"out", "steps", "minutes", "micro_batch", "eval_every", "device", "dtype", "compile",
+              "parallel", "checkpoint_activations"}           # when a run is resumed
+OLD_FIELDS = {"print_params", "dry_run", "devices", "tflops", "json"}         # of earlier versions
 
 
 def save(path, **contents):
-    """Save tensors and plain values; a file that was there becomes NAME.previous.pt."""
+    """Save tensors and plain values. An existing file becomes NAME.previous.pt."""
     with replacing(path, path.with_suffix(".previous.pt")) as temporary:
         torch.save({"format": "cdslm 1", **contents}, temporary)
 
 
 def load(path, mmap=False):
-    """What `save` wrote; `mmap` reads only what is used. Raises UserError if the file is damaged, or not ours."""
+    """What `save` wrote; `mmap` reads only what is used. Raises UserError if the file is damaged or
+    not a cdslm checkpoint."""
     try:
         with zipfile.ZipFile(path) as file:
-            flipped = file.testzip()                                          # torch does not look at the checksums
+            damaged = file.testzip()                          # torch does not check the checksums
         contents = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        if contents.get("format") == "cdslm 1" and not flipped:
+        if contents.get("format") == "cdslm 1" and not damaged:
             return contents
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except Exception:  # torch has half a dozen kinds of error for a damaged or foreign file, and one for code in it
+    except Exception:                                         # torch raises many types of errors
         pass
     raise UserError(f"{path}: damaged, or not a cdslm checkpoint")
 
 
-def newest(folder, config=None):
-    """The newest readable checkpoint of a run, None if there is none yet. Given a config to go on with, the newest that
-    its learning-rate schedule leads through: a run made longer goes back to where the decay began."""
-    names = [name for name in ("checkpoint.pt", "checkpoint.previous.pt", "trunk.pt") if (folder / name).exists()]
-    seen, fits = [], []
-    if names and names[0] != "checkpoint.pt":
-        print(f"warning: {folder}/checkpoint.pt is missing; trying {names[0]}")
+def read_checkpoints(folder, mmap=False):
+    """Yield the readable checkpoints of a run, the newest first; warn of the others. Raises
+    UserError if there are some but none is readable."""
+    names = [name for name in CHECKPOINTS if (folder / name).exists()]
+    if names and names[0] != CHECKPOINTS[0]:
+        print(f"warning: {folder}/{CHECKPOINTS[0]} is missing; trying {names[0]}")
+    readable = False
     for name in names:
         try:
-            seen.append(found := load(folder / name, mmap=config is None))
+            found = load(folder / name, mmap)
         except UserError as error:
             print(f"warning: {error}; trying the one before")
-            seen.append(None)
             continue
-        if config is not None and seen[0] is None and (folder / names[0]).exists():
-            os.replace(folder / names[0], folder / f"{names[0]}.damaged")     # lest the next save move it over this one
-        if config is None or found["steps"] == config.steps:
-            return found
-        wsd = config.lr_schedule == "wsd"
-        if found["step"] <= (min(map(decay_start, (config.steps, found["steps"]))) if wsd else config.steps):
-            fits.append(found)
-    if fits:
-        return max(fits, key=lambda found: found["step"])
-    if seen and not any(seen):
+        readable = True
+        yield name, found
+    if names and not readable:
         raise UserError(f"{folder}: none of its checkpoints can be read")
-    if seen:
+
+
+def newest(folder):
+    """The newest readable checkpoint of a run; None if it has none yet."""
+    return next((found for _, found in read_checkpoints(folder, mmap=True)), None)
+
+
+def resume_point(folder, config):
+    """The newest checkpoint from which a run of `config.steps` can go on; None for a new run. A run
+    whose learning rate has already decayed, to fewer steps, goes back to the trunk."""
+    seen = dict(read_checkpoints(folder))
+    latest = folder / CHECKPOINTS[0]
+    if seen and latest.exists() and latest.name not in seen:
+        os.replace(latest, f"{latest}.damaged")               # so that no save makes it "previous"
+    for found in seen.values():
+        if found["steps"] == config.steps:
+            return found
+    fits = []
+    for found in seen.values():
+        limit = config.steps
+        if config.lr_schedule == "wsd":
+            limit = decay_start(min(config.steps, found["steps"]))
+        if found["step"] <= limit:
+            fits.append(found)
+    if seen and not fits:
+        step = max(found["step"] for found in seen.values())
         raise UserError(f"{folder} is past what --steps {config.steps} can go on from, at step "
-                        f"{max(found['step'] for found in seen if found)}; ask for more, or choose another --out")
+                        f"{step}; ask for more steps, or choose another --out")
+    return max(fits, key=lambda found: found["step"], default=None)
+
+
+@functools.cache
+def method_fingerprint():
+    """A hash of Part I from section 2 on, without comments and docstrings: it changes when the
+    method does. Python's version is in it, since the parser's output depends on it."""
+    source = Path(__file__).read_text(encoding="utf-8")
+    source = source[source.index("# 2. Sound."):source.index("# PART II: THE MACHINERY")]
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node):
+            node.body[0] = ast.Pass()
+    return f"{sys.version_info.major}.{sys.version_info.minor} {fingerprint(ast.dump(tree))}"
 
 
 def check_out(config):
-    """Raise UserError unless the run folder is new, or of this configuration, with room for four checkpoints. A run
-    that was shortened to fit `minutes` stays as short."""
-    folder, mine = Path(config.out), dataclasses.asdict(config)
+    """Raise UserError unless the run folder is new, or of this configuration and method, with
+    room for four checkpoints. A run that was shortened to fit `minutes` stays as short."""
+    folder = Path(config.out)
     if (folder / "config.json").exists():
-        saved = read_config(folder)
-        theirs = dataclasses.asdict(saved)
-        differ = [f"{k} {theirs[k]} -> {mine[k]}" for k in mine if k not in FREE and theirs[k] != mine[k]]
+        saved, code = read_config(folder), read_json(folder / "config.json").get("method", "")
+        old, new = dataclasses.asdict(saved), dataclasses.asdict(config)
+        differ = [f"{name} {old[name]} -> {new[name]}" for name in new
+                  if name not in MAY_CHANGE and old[name] != new[name]]
         if differ:
-            raise UserError(f"--out {folder} holds another run ({', '.join(differ)}); choose another --out")
+            raise UserError(f"--out {folder} holds another run ({', '.join(differ)}); choose "
+                            "another --out")
+        python, _, method = method_fingerprint().partition(" ")
+        if code.startswith(python + " ") and code != method_fingerprint():
+            raise UserError(f"--out {folder}: the code of Part I has changed since this run began; "
+                            "choose another --out")
         if config.minutes and saved.minutes:
             config.steps = saved.steps
     elif foreign := [*folder.glob("log.jsonl"), *folder.glob("[1-4]_*.wav")]:
-        raise UserError(f"--out {folder} holds {foreign[0].name}, but no config.json of a run; choose another --out")
+        raise UserError(f"--out {folder} holds {foreign[0].name}, but no config.json of a run; "
+                        "choose another --out")
     there = sum(path.stat().st_size for path in folder.glob("*.pt"))
-    check_room(folder, 4 * 16 * count(config)["parameters"] - there, "its checkpoints; choose another --out")
+    size = 4 * 16 * count(config)["parameters"] - there
+    check_room(folder, size, "its checkpoints; choose another --out")
 
 
 def claim(config):
-    """Make the run folder ours: one run at a time. Returns the lock to hold."""
+    """Make the run folder and hold its lock: one run at a time. Returns the lock."""
     folder = Path(config.out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -797,331 +1732,610 @@ def claim(config):
     return held
 
 
-def read_config(folder):
-    """Config of a run folder."""
-    path = Path(folder) / "config.json"
+def read_json(path):
+    """The dictionary in a JSON file. Raises UserError if there is none."""
     try:
-        return Config(**json.loads(path.read_text()))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except OSError:
-        raise UserError(f"{folder}: no run there; train one with: python cdslm.py --size tiny --out {folder}") from None
-    except (ValueError, TypeError):
-        raise UserError(f"{path}: damaged, or not ours") from None
+        raise UserError(f"{path.parent}: no run there; train one with: python cdslm.py --size tiny "
+                        f"--out {path.parent}") from None
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: damaged, or not a run's configuration")
+    return found
+
+
+def read_config(folder):
+    """The Config of a run folder."""
+    path = Path(folder) / "config.json"
+    fields = {name: value for name, value in read_json(path).items()
+              if name not in OLD_FIELDS | {"method"}}
+    try:
+        return Config(**fields)
+    except TypeError:
+        raise UserError(f"{path}: damaged, or not a run's configuration") from None
 
 
 def write_config(folder, config):
+    contents = dataclasses.asdict(config) | {"method": method_fingerprint()}
     with replacing(Path(folder) / "config.json") as temporary:
-        temporary.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+        temporary.write_text(json.dumps(contents, indent=2) + "\n")
 
 
 def load_run(folder, device="cpu"):
-    """A run folder -> config, model (averaged weights, in bf16 where hardware has it) and autoencoder, to speak."""
+    """A run folder -> config, model (EMA weights, in bf16 where the hardware has it), autoencoder.
+    Raises UserError if there is no run, or its files do not belong together."""
     folder, config = Path(folder), read_config(folder)
     device, dtype = decide(dataclasses.replace(config, device=str(device)))
-    if (checkpoint := newest(folder)) is None:
+    checkpoint = newest(folder)
+    if checkpoint is None:
         raise UserError(f"{folder}: no checkpoint yet")
-    model, autoencoder = MMDiT(config), AudioAutoencoder(config.latent_dim, config.decoder)
+
+    model = MMDiT(config)
+    autoencoder = AudioAutoencoder(config.latent_dim, config.decoder)
     try:
         model.load_state_dict(checkpoint["ema"])
         autoencoder.load_state_dict(load(folder / "autoencoder.pt")["autoencoder"])
     except (RuntimeError, KeyError):
         raise UserError(f"{folder}: its checkpoints do not match its config.json") from None
     if (model.silence - autoencoder.silence()).abs().max() > 0.01:
-        raise UserError(f"{folder}: its autoencoder.pt is not the one that its model learned from")
+        raise UserError(f"{folder}: its autoencoder.pt is not the one its model was trained with")
+
     model, autoencoder = model.to(device, dtype), autoencoder.to(device)
     if config.decoder == "neural":
         autoencoder.shaper.to(dtype)
     return config, model.eval().requires_grad_(False), autoencoder.eval().requires_grad_(False)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Training: of the autoencoder, in a minute, then of the network. What a step does depends on the weights and on the
-# step's number alone: see `keyed`. Under torchrun this program runs once a device, as so many ranks: each takes its
-# share of every batch, and rank 0 writes.
+# --------------------------------------------------------------------------------------------------
+# 13. Devices: one of any kind, or many under torchrun, which starts this program once per device.
+# Each process is a rank and computes its share of every batch; rank 0 writes.
 
-WARM, TRIAL = 10, 40  # steps from which and up to which the speed is measured
-ANGLES = [math.pi / 2 * (i + 0.5) / 10 for i in range(10)]  # where validation looks, whatever schedule is trained
+BF16_FREE = set("SSE41 AVX AVX2 AVX2_VNNI AVX2_VNNI_2 AVX512_CORE AVX512_CORE_VNNI".split())
 
 
-def fit_autoencoder(config, corpus, device):
-    """Set the frame statistics, then train the bottleneck, if there is one, and the decoder; deterministic."""
+def decide(config):
+    """(device, dtype) from flags and machine. Raises UserError if the device isn't there."""
+    name = config.device
+    if name == "auto":
+        name = "cpu"
+        if torch.backends.mps.is_available():
+            name = "mps"
+        if torch.cuda.is_available():
+            name = "cuda"
+    if name == "cuda":
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if local_ranks > torch.cuda.device_count():
+            raise UserError(f"--nproc_per_node={local_ranks}, but there are "
+                            f"{torch.cuda.device_count()} GPUs")
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()                  # "meta" holds no numbers
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise UserError(f"--device {name}: {reason(error)}") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")            # TF32
+    if config.dtype == "auto":
+        return device, torch.bfloat16 if multiplies_bf16(device) else torch.float32
+    return device, torch.bfloat16 if config.dtype == "bf16" else torch.float32
+
+
+def multiplies_bf16(device):
+    """Whether the device multiplies bf16 in hardware. On a CPU, torch and oneDNN may be limited to
+    older instruction sets; emulating bf16 there is 30 times slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    if device.type != "cpu" or torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2"):
+        return False
+    if os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in BF16_FREE:
+        return False
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def ranks():
+    """This process's rank and the number of ranks; 0 and 1 without torchrun."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def check_division(config, count):
+    """Raise UserError unless a batch divides evenly over `count` devices."""
+    if config.batch_size % (count * (config.micro_batch or 1)):
+        raise UserError(f"--batch-size {config.batch_size} must divide evenly over {count} devices "
+                        f"and forward passes of {config.micro_batch or 1} windows")
+
+
+def check_launch(config):
+    """Raise UserError if the flags don't suit the number of processes."""
+    if config.parallel == "fsdp" and "WORLD_SIZE" not in os.environ:
+        raise UserError("--parallel fsdp is for many devices: torchrun --nproc_per_node=8 cdslm.py "
+                        "--parallel fsdp ...")
+    if config.parallel == "fsdp" and config.optimizer == "muon":
+        raise UserError("--parallel fsdp needs --optimizer adamw: Muon updates whole matrices, not "
+                        "shards of them")
+    check_division(config, ranks()[1])
+
+
+@contextlib.contextmanager
+def together():
+    """Under torchrun, connect to the other ranks. If one of them is lost, the others soon stop with
+    a UserError. Yields the rank."""
+    rank, _ = ranks()
+    if "WORLD_SIZE" not in os.environ:
+        yield rank
+        return
+    dist.init_process_group(timeout=datetime.timedelta(minutes=30))   # a checkpoint may take long
+    if rank:
+        sys.stdout = open(os.devnull, "w")
+    try:
+        yield rank
+    except RuntimeError as error:
+        if "gloo" not in str(error) and not isinstance(error, dist.DistError):
+            raise
+        raise UserError(f"rank {rank}: another rank stopped or can't be reached; the last "
+                        "checkpoint is whole, and the same command goes on from it") from None
+    dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def rank_0_first():
+    """Rank 0 runs the block alone, however long it takes; then the others do."""
+    patient = None
+    if dist.is_initialized():
+        patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
+    if ranks()[0]:
+        dist.barrier(patient)
+    yield
+    if patient and ranks()[0] == 0:
+        dist.barrier(patient)
+
+
+class ManyDevices(OneDevice):
+    """DDP or FSDP2 over the ranks of a process group. `stop` is true once any rank got a signal."""
+
+    def __init__(self, device, dtype, signals):
+        super().__init__(device, dtype)
+        self.rank, self.ranks = ranks()
+        self.signals, self.stop = signals, False
+
+    def exchange(self, network, last):
+        if hasattr(network, "set_requires_gradient_sync"):                    # FSDP2
+            network.set_requires_gradient_sync(last)
+        elif not last:                                        # DDP exchanges after the last pass
+            return network.no_sync()
+        return contextlib.nullcontext()
+
+    def total(self, value):
+        packed = torch.stack([value, value.new_tensor(len(self.signals))])
+        dist.all_reduce(packed)
+        self.stop = bool(packed[1])
+        return packed[0]
+
+
+def spread(model, config, device, dtype):
+    """A model over all ranks: a copy on each (DDP), or a shard of it (FSDP2)."""
+    if config.parallel == "fsdp":
+        return shard(model, device, dtype)
+    # Weights that only self-conditioning uses have no gradient in the other steps.
+    return DistributedDataParallel(model, gradient_as_bucket_view=True,
+                                   find_unused_parameters=config.self_condition > 0)
+
+
+def shard(model, device, dtype):
+    """A copy of a model, in shards over all ranks, with rank 0's weights. Blocks are gathered when
+    they are needed, in `dtype`; gradients are averaged and weights updated in float32."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module") # nothing writes into its output
+    policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+    with torch.device("meta"):
+        sharded = type(model)(model.config)
+    for part in [*sharded.blocks, sharded]:
+        fully_shard(part, mp_policy=policy, reshard_after_forward=True)
+    sharded.to_empty(device=device)
+    weights = {} if ranks()[0] else model.state_dict()
+    state_dicts().set_model_state_dict(sharded, weights, options=from_rank_0())
+    return sharded
+
+
+def state_dicts():
+    """torch's tools for state dicts over many devices. Half a second to import: not for --help."""
+    from torch.distributed.checkpoint import state_dict
+    return state_dict
+
+
+def from_rank_0():
+    """Options for loading full state dicts: rank 0 has them and sends each rank its part."""
+    broadcast = dist.is_initialized()
+    return state_dicts().StateDictOptions(full_state_dict=True, broadcast_from_rank0=broadcast)
+
+
+def compiled(network, device):
+    """torch.compile the network where that works; elsewhere say why not, and go on without."""
+    try:
+        torch.compile(F.gelu)(torch.ones(8, device=device))
+        return torch.compile(network)
+    except Exception as error:                                # each platform has its own errors
+        print(f"--compile does not work here ({reason(error)}); going on without")
+        return network
+
+
+@contextlib.contextmanager
+def interruptible(signals):
+    """Ctrl-C and SIGTERM are noted in the list `signals`; a second one stops at once."""
+    before = {}
+
+    def note(number, frame):
+        signals.append(number)
+        signal.signal(number, before[number])
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, note)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def prefetch(read, order):
+    """Yield read(*item) for each item; a thread already reads the next one."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = None
+        for item in order:
+            following = thread.submit(read, *item)
+            if coming:
+                yield coming.result()
+            coming = following
+
+
+def keep_memory():
+    """Have Linux's malloc keep what is freed instead of returning it to the system, from where it
+    would be fetched anew at each step: a step of `tiny` takes a tenth less."""
+    with contextlib.suppress(OSError, AttributeError):        # other systems have no glibc
+        mallopt, trim_threshold, mmap_threshold = ctypes.CDLL("libc.so.6").mallopt, -1, -3
+        mallopt(trim_threshold, 2 ** 30)
+        if not mallopt(mmap_threshold, 2 ** 30):
+            mallopt(mmap_threshold, 2 ** 25)                  # the most that old versions allow
+
+
+# --------------------------------------------------------------------------------------------------
+# 14. Training: first the autoencoder, in a minute, then the network.
+
+VALIDATION_WINDOWS = 64
+ANGLES = [math.pi / 2 * (i + 0.5) / 10 for i in range(10)]    # noise levels of the validation
+WARM, TRIAL = 10, 40                  # the speed is measured between these steps
+
+
+def fit_autoencoder(config, corpus, device, dtype):
+    """Set the frame statistics, then train the bottleneck, if there is one, and the decoder."""
     torch.manual_seed(config.seed)
     model = AudioAutoencoder(config.latent_dim, config.decoder)
     model.mel_stats.copy_(torch.tensor(corpus.mel_stats()[:2]))
-    model, dtype = model.to(device), decide(config)[1]
+    model.to(device)
     if config.latent_dim:
-        train_part(model, model.bottleneck_loss, "bottleneck", 4 * config.decoder_steps, config, corpus, dtype)
-        with torch.no_grad():                                               # diffusion expects deviation 1
-            keys = [keyed(config.seed, "latents", i) for i in range(256)]
-            latents = model.from_mel(torch.from_numpy(corpus.windows("mel", "train", keys, 48)).to(device))
+        train_part(model, model.bottleneck_loss, "bottleneck", 4 * config.decoder_steps, config,
+                   corpus, dtype)
+        keys = [keyed(config.seed, "latents", i) for i in range(256)]
+        mel = torch.from_numpy(corpus.windows("mel", "train", keys, 48)).to(device)
+        with torch.no_grad():
+            latents = model.from_mel(mel)
         model.latent_stats.copy_(torch.stack([latents.mean((0, 1)), latents.std((0, 1))]))
     if config.decoder == "neural":
-        train_part(model, model.decoder_loss, "decoder", config.decoder_steps, config, corpus, dtype)
+        train_part(model, model.decoder_loss, "decoder", config.decoder_steps, config, corpus,
+                   dtype)
     return model.eval().requires_grad_(False)
 
 
 def train_part(model, loss_of, name, steps, config, corpus, dtype):
-    """AdamW under a cosine for the part of the autoencoder that this loss reaches."""
+    """AdamW with a cosine schedule on the part of the autoencoder that this loss reaches."""
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.8, 0.99), weight_decay=0.01)
-    for step in (bar := tqdm(range(steps), desc=name, unit="step")):
+    bar = tqdm(range(steps), desc=name, unit="step")
+    for step in bar:
         keys = [keyed(config.seed, name, step * 16 + i) for i in range(16)]
-        loss = loss_of(torch.from_numpy(corpus.windows("audio", "train", keys, 48)).to(model.mel_stats.device), dtype)
-        decay = 0.02 + 0.98 * math.cos(math.pi / 2 * step / steps) ** 2
-        optimizer.param_groups[0]["lr"] = 4e-3 * min(1, (step + 1) / 20) * decay
-        optimizer.zero_grad(set_to_none=True)
+        wave = torch.from_numpy(corpus.windows("audio", "train", keys, 48))
+        loss = loss_of(wave.to(model.mel_stats.device), dtype)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 10)
+        decay = 0.02 + 0.98 * math.cos(math.pi / 2 * step / steps) ** 2
+        optimizer.param_groups[0]["lr"] = 4e-3 * min(1, (step + 1) / 20) * decay
         optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
         if step % 10 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
 
 
-def open_autoencoder(config, corpus, device):
-    """The run's autoencoder, trained now if it isn't there yet; kept beside it are a few held-out windows to hear."""
+def open_autoencoder(config, corpus, device, dtype=torch.float32):
+    """The run's autoencoder, trained now if there is none yet. Kept beside it in autoencoder.pt are
+    a few held-out windows, for listening."""
     path = Path(config.out) / "autoencoder.pt"
     if not path.exists():
-        model = fit_autoencoder(config, corpus, device)
+        model = fit_autoencoder(config, corpus, device, dtype)
         keys = [keyed(0, "example", i) for i in range(8)]
-        examples = corpus.windows("audio", "valid", keys, config.ctx_frames + config.gen_frames)
-        save(path, autoencoder=model.state_dict(), examples=torch.from_numpy(examples * 32767).short())
+        window = config.ctx_frames + config.gen_frames
+        examples = corpus.windows("audio", "valid", keys, window)
+        examples = torch.from_numpy(examples * 32767).short()
+        save(path, autoencoder=model.state_dict(), examples=examples)
     model = AudioAutoencoder(config.latent_dim, config.decoder)
     try:
         model.load_state_dict(load(path)["autoencoder"])
     except (RuntimeError, KeyError):
-        raise UserError(f"{path}: not this run's: of another --latent-dim or --decoder") from None
+        raise UserError(f"{path}: of a run with another --latent-dim or --decoder") from None
     return model.to(device).eval().requires_grad_(False)
 
 
+def count(config):
+    """Parameters; tokens per window; FLOPs of training on a window (2 per multiply-add, backward
+    twice forward, nothing is passed back to the input); and of a self-conditioning pass, of which
+    "flops" holds its share."""
+    d, L = config.width, config.depth
+    token = config.patch_size * config.channels
+    ctx = config.ctx_frames // config.patch_size
+    gen = config.gen_frames // config.patch_size
+    enter = token * d * (ctx + gen) + 256 * d                 # multiply-adds from the input
+    blocks = 12 * d * d * (gen * L + ctx * (L - 1)) + 3 * d * d * ctx
+    blocks += 2 * d * L * (ctx + gen) ** 2                    # attention
+    adaln = d * d * (1 + 6 * (2 * L - 1) + 2 + 2)             # and the noise embedding
+    inner = blocks + adaln + token * d * gen
+    forward = 2 * (enter + inner)
+    estimate = 2 * token * d * gen if config.self_condition else 0
+    guess = forward + 2 * estimate
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in MMDiT(config).parameters())
+    return {"parameters": parameters, "tokens": ctx + gen,
+            "flops": 4 * enter + 6 * inner + config.self_condition * guess,
+            "flops_guess": guess, "flops_forward": forward + estimate}
+
+
 class Trainer:
-    """A model in training: its weights, their average, the optimisers, and the batches they learn from."""
+    """A run in training: model, EMA, optimisers, batches, and how far it is."""
 
     def __init__(self, config, corpus, autoencoder, device, dtype):
-        self.config, self.corpus, self.autoencoder, self.device, self.dtype = config, corpus, autoencoder, device, dtype
-        (self.rank, self.ranks), self.sharded, self.size = ranks(), config.parallel == "fsdp", count(config)
-        self.share = config.batch_size // self.ranks
+        self.config, self.corpus, self.autoencoder = config, corpus, autoencoder
+        self.signals = []                                     # that asked this process to stop
+        if dist.is_initialized():
+            self.hardware = ManyDevices(device, dtype, self.signals)
+        else:
+            self.hardware = OneDevice(device, dtype)
+        self.device, self.rank = device, self.hardware.rank
+
         torch.manual_seed(config.seed)
-        with torch.device("meta" if self.sharded and self.rank else "cpu"):
+        sharded = config.parallel == "fsdp"
+        with torch.device("meta" if sharded and self.rank else "cpu"):
             model = MMDiT(config)
         model.silence.copy_(autoencoder.silence())
-        self.model, self.ema = (shard(model, device, dtype) if self.sharded else copy.deepcopy(model).to(device)
-                                for _ in range(2))
+        if sharded:
+            self.model = self.network = spread(model, config, device, dtype)
+            self.ema = spread(model, config, device, dtype)
+        else:
+            self.ema = copy.deepcopy(model).to(device)
+            self.model = self.network = model.to(device)
+            if dist.is_initialized():
+                self.network = spread(self.model, config, device, dtype)
         self.ema.eval().requires_grad_(False)
-        self.network = self.model
-        if dist.is_initialized() and not self.sharded:                        # without a guess, some weights are idle
-            self.network = DistributedDataParallel(self.model, gradient_as_bucket_view=True,
-                                                   find_unused_parameters=config.self_condition > 0)
-        self.network = compiled(self.network, device) if config.compile else self.network
-        self.diffusion, self.optimizers = Diffusion(config), make_optimizers(self.model, config, dtype)
-        self.paper = Diffusion(dataclasses.replace(config, min_snr_gamma=5.0))
-        state_dicts().get_optimizer_state_dict(self.model, self.optimizers)   # makes their state by an empty step ...
-        for state in [state for optimizer in self.optimizers for state in optimizer.state.values() if "step" in state]:
-            state["step"].zero_()                                             # ... which must not count
-        self.window = window = functools.partial(corpus.windows, "mel", frames=config.ctx_frames + config.gen_frames)
-        seed, shape = config.seed, (config.gen_frames, config.channels)
-        self.read = Ahead(lambda part: (window("train", [keyed(seed, "window", i) for i in part]),
-                                        torch.stack([keyed_noise(seed, "noise", i, shape, device) for i in part])))
-        self.done, self.guessed, self.skipped, self.failed = 0, 0, 0, 0       # steps: guessing, not finite, in a row
-        self.signals, self.stopped = [], False                                # this rank's; whether any rank has one
+        if config.compile:
+            self.network = compiled(self.network, device)
 
-    def precision(self):
-        """The context in which the network runs: bf16 matrix products, float32 weights."""
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        self.diffusion = Diffusion(config)
+        self.optimizers = make_optimizers(self.model, config, dtype)
+        self.size, self.batches = count(config), None
+        self.done = self.guessed = 0                          # steps; those with self-conditioning
+        self.skipped = self.failed = 0                        # not finite: in all, and in a row
+
+    @property
+    def stopped(self):
+        """Whether a signal has asked any rank to stop, as known after the last step."""
+        return bool(getattr(self.hardware, "stop", self.signals))
+
+    def read(self, step, positions):
+        """Log-mel windows (b, T, 80) and noise (b, Tg, C) of a micro-batch."""
+        config, first = self.config, step * self.config.batch_size
+        frames = config.ctx_frames + config.gen_frames
+        keys = [keyed(config.seed, "window", first + i) for i in positions]
+        mel = torch.from_numpy(self.corpus.windows("mel", "train", keys, frames))
+        shape = config.gen_frames, config.channels
+        eps = [keyed_noise(config.seed, "noise", first + i, shape, self.device) for i in positions]
+        return mel, torch.stack(eps)
+
+    def micro_batches(self):
+        """Yield ctx (b, Tc, C), x0 (b, Tg, C), eps like x0, from the next step on, without end."""
+        parts = self.hardware.micro_batches(self.config)
+        order = ((step, part) for step in itertools.count(self.done) for part in parts)
+        for mel, eps in prefetch(self.read, order):
+            yield *self.frames(mel), eps
 
     def frames(self, mel):
-        """Log-mel windows (B, Tc + Tg, 80) as context (B, Tc, C) and continuation (B, Tg, C) on the device."""
-        frames = self.autoencoder.from_mel(self.send(torch.from_numpy(mel)))
-        return frames.split((self.config.ctx_frames, self.config.gen_frames), dim=1)
-
-    def send(self, tensor):
-        """To the device, without waiting for it."""
-        return (tensor.pin_memory() if self.device.type == "cuda" else tensor).to(self.device, non_blocking=True)
-
-    def batch(self, part, size):
-        """Windows `part` to `part + size` of a step's batch: x0 (B, Tg, C), context, noise level (B,), noise like x0.
-        Times are stratified over the whole batch: each window draws from a share of its own."""
-        c = self.config
-        numbers = range(self.done * c.batch_size + part, self.done * c.batch_size + part + size)
-        ahead = size if (part + size) % self.share else size + c.batch_size - self.share   # over other ranks' shares
-        mel, eps = self.read(numbers, range(numbers.start + ahead, numbers.stop + ahead))
-        ctx, x0 = self.frames(mel)
-        dropped = torch.tensor([uniform(c.seed, "drop", i) < c.ctx_drop for i in numbers])
-        u = (torch.arange(part, part + size) + uniform(c.seed, "time", self.done)) / c.batch_size
-        phi, dropped = self.send(self.diffusion.angle(self.diffusion.times(u))), self.send(dropped[:, None, None])
-        return x0, torch.where(dropped, self.model.silence, ctx), phi, eps
-
-    def accumulating(self, last):
-        """Ranks exchange gradients once a step, in the last of its backward passes."""
-        if self.sharded:
-            self.model.set_requires_gradient_sync(last)
-        return contextlib.nullcontext() if last else getattr(self.network, "no_sync", contextlib.nullcontext)()
+        """Log-mel windows (b, T, 80) -> context (b, Tc, C) and continuation (b, Tg, C)."""
+        if self.device.type == "cuda":
+            mel = mel.pin_memory().to(self.device, non_blocking=True)
+        frames = self.autoencoder.from_mel(mel.to(self.device))
+        return frames.split([self.config.ctx_frames, self.config.gen_frames], dim=1)
 
     def step(self):
-        """One optimiser step -> its line in the log. If its loss or gradient is not finite it changes no weight."""
-        c, micro = self.config, self.config.micro_batch or self.share
-        guess = uniform(c.seed, "guess", self.done) < c.self_condition
-        self.guessed += guess
-        total, end = torch.zeros(2, device=self.device), (self.rank + 1) * self.share  # of all ranks: loss, signals
-        for part in range(end - self.share, end, micro):
-            x0, ctx, phi, eps = self.batch(part, micro)
-            with self.accumulating(last=part + micro == end):
-                with self.precision():
-                    loss = self.diffusion.loss(self.network, x0, ctx, phi, eps, guess).sum() / c.batch_size
-                (loss * self.ranks).backward()                                # what is exchanged is the average
-            total[0] += loss.detach()
-        total[1] = len(self.signals)
-        if dist.is_initialized():
-            dist.all_reduce(total)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), c.clip)
-        norm = norm.full_tensor() if self.sharded else norm
-        loss, self.stopped, norm = torch.stack([*total, norm]).tolist()       # the one wait for the device
-        factor = lr_factor(c, self.done)
+        """One training step -> its row in the log. Raises UserError after ten bad ones in a row."""
+        config = self.config
+        if self.batches is None:
+            self.batches = self.micro_batches()
+        loss, norm = training_step(self.network, self.ema, self.optimizers, self.diffusion, config,
+                                   self.done, self.batches, self.hardware)
         if math.isfinite(loss + norm):
             self.failed = 0
-            for optimizer in self.optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = group["peak"] * factor
-                optimizer.step()
-            decay = min(c.ema, (1 + self.done) / (10 + self.done))            # a short memory at first
-            with torch.no_grad():
-                torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
         else:
             self.skipped += 1
             self.failed += 1
             if self.failed == 10:
-                raise UserError("ten steps in a row without a finite loss; the last checkpoint is whole. Try a lower "
-                                "--lr or --muon-lr, or --dtype fp32")
-        self.model.zero_grad(set_to_none=True)
+                raise UserError("ten steps in a row without a finite loss; the last checkpoint is "
+                                "whole. Try a lower --lr or --muon-lr, or --dtype fp32")
+
+        self.guessed += self_conditions(config, self.done)
+        lr = config.lr * lr_factor(config, self.done)
         self.done += 1
-        windows = self.done * c.batch_size
-        hours = windows * (c.ctx_frames + c.gen_frames) / FRAME_RATE / 3600
-        return {"step": self.done, "loss": loss, "gradient": norm, "lr": c.lr * factor, "skipped": self.skipped,
-                "tokens": windows * self.size["tokens"], "flops": windows * self.size["flops"] + c.batch_size *
-                (self.guessed - c.self_condition * self.done) * self.size["flops_guess"],       # as they were drawn
+        windows = self.done * config.batch_size
+        hours = windows * (config.ctx_frames + config.gen_frames) / FRAME_RATE / 3600
+        # Self-conditioning passes are counted as they were drawn.
+        surplus = self.guessed - config.self_condition * self.done
+        flops = windows * self.size["flops"]
+        flops += config.batch_size * surplus * self.size["flops_guess"]
+        return {"step": self.done, "loss": loss, "gradient": norm, "lr": lr,
+                "skipped": self.skipped, "tokens": windows * self.size["tokens"], "flops": flops,
                 "hours": hours, "epochs": hours / self.corpus.hours("train")}
 
     @torch.no_grad()
-    def validate(self, number=64):
-        """Loss of the averaged weights on fixed held-out windows and noise, {log-SNR: loss} at ten angles; "mean" is
-        the paper's loss under the cosine schedule, whatever was trained, so that runs compare."""
-        mine = range(self.rank, -(-number // self.ranks) * self.ranks, self.ranks)  # as many for each rank, to the end
-        ctx, x0 = self.frames(self.window("valid", [keyed(0, "validation", i) for i in mine]))
-        eps = torch.stack([keyed_noise(0, "validation", i, x0.shape[1:], self.device) for i in mine])
-        size, losses = self.config.micro_batch or self.share, []
+    def validate(self, number=VALIDATION_WINDOWS):
+        """The ruler: min(SNR, 5) (x0 - estimate)^2 of the EMA weights on fixed held-out windows and
+        noise, {log-SNR: loss} at ten angles, and their mean. It does not depend on the schedule or
+        on the weight of the training loss, so runs compare."""
+        config, hardware = self.config, self.hardware
+        # The same number for each rank; what is beyond `number` is not counted.
+        mine = range(self.rank, -(-number // hardware.ranks) * hardware.ranks, hardware.ranks)
+        keys = [keyed(0, "validation", i) for i in mine]
+        window = config.ctx_frames + config.gen_frames
+        mel = torch.from_numpy(self.corpus.windows("mel", "valid", keys, window))
+        ctx, x0 = self.frames(mel)
+        eps = torch.stack([keyed_noise(0, "validation", i, x0.shape[1:], self.device)
+                           for i in mine])
+        counted = len(range(self.rank, number, hardware.ranks))
+        size = config.micro_batch or config.batch_size // hardware.ranks
+
+        losses = []
         for angle in ANGLES:
-            parts = [part.split(size) for part in (x0, ctx, torch.full((len(mine),), angle, device=self.device), eps)]
-            with self.precision():
-                loss = torch.cat([self.paper.loss(self.ema, *part) for part in zip(*parts)])
-            losses.append(loss[:len(range(self.rank, number, self.ranks))].sum() / number)
+            errors = []
+            for x, c, e in zip(x0.split(size), ctx.split(size), eps.split(size)):
+                phi = torch.full((len(x),), angle, device=self.device)
+                phi_b = phi[:, None, None]
+                xt = phi_b.cos() * x + phi_b.sin() * e
+                with autocast(self.device, hardware.dtype):
+                    prediction = self.ema(xt, phi, c).float()
+                estimate = self.diffusion.clean(prediction, xt, phi_b)
+                weight = (phi_b.tan() ** -2).clamp(max=5)
+                errors.append((weight * (estimate - x) ** 2).mean((1, 2)))
+            losses.append(torch.cat(errors)[:counted].sum() / number)
         losses = torch.stack(losses)
         if dist.is_initialized():
             dist.all_reduce(losses)
-        levels = [f"{-2 * math.log(math.tan(angle)):.1f}" for angle in ANGLES]
-        return {"mean": losses.mean().item()} | dict(zip(levels, losses.tolist()))
+        names = [f"{-2 * math.log(math.tan(angle)):.1f}" for angle in ANGLES]
+        return {"mean": losses.mean().item()} | dict(zip(names, losses.tolist()))
 
     def save(self, path):
-        """Write a checkpoint: full state dicts, gathered in rank 0's memory, the same for any number of ranks."""
+        """Write a checkpoint: full state dicts, gathered in rank 0's memory: the same for any
+        number of ranks."""
         tools = state_dicts()
         options = tools.StateDictOptions(full_state_dict=True, cpu_offload=True)
         optimizer = tools.get_optimizer_state_dict(self.model, self.optimizers, options=options)
-        model, ema = (tools.get_model_state_dict(model, options=options) for model in (self.model, self.ema))
+        model = tools.get_model_state_dict(self.model, options=options)
+        ema = tools.get_model_state_dict(self.ema, options=options)
         if self.rank == 0:
-            save(path, step=self.done, steps=self.config.steps, skipped=self.skipped, model=model, ema=ema,
-                 optimizer=optimizer)
+            save(path, step=self.done, steps=self.config.steps, skipped=self.skipped, model=model,
+                 ema=ema, optimizer=optimizer)
 
     def restore(self, found):
-        """Go on from a checkpoint that rank 0 has loaded, if there is one; for the other ranks `found` is None."""
-        done = torch.tensor([found["step"], found["skipped"]] if found else [0, 0], device=self.device)
+        """Go on from a checkpoint that rank 0 has loaded; None on the other ranks, and for a new
+        run."""
+        done = torch.tensor([found["step"], found["skipped"]] if found else [0, 0],
+                            device=self.device)
         if dist.is_initialized():
             dist.broadcast(done, 0)
         self.done, self.skipped = done.tolist()
-        self.guessed = sum(uniform(self.config.seed, "guess", i) < self.config.self_condition for i in range(self.done))
-        if self.done:
-            found = found or {"model": {}, "ema": {}, "optimizer": {}}
-            tools, options = state_dicts(), from_rank_0()
-            tools.set_model_state_dict(self.model, found["model"], options=options)
-            tools.set_model_state_dict(self.ema, found["ema"], options=options)
-            for group in found["optimizer"].get("param_groups", []):
-                if "ns_steps" in group:                                       # a run that torch.optim.Muon began
-                    for name in ("nesterov", "ns_coefficients", "ns_steps", "eps", "adjust_lr_fn"):
-                        group.pop(name, None)
-            try:
-                tools.set_optimizer_state_dict(self.model, self.optimizers, found["optimizer"], options=options)
-            except KeyError as error:
-                raise UserError(f"its checkpoint holds the state of another optimiser ({error}); choose another --out"
-                                ) from None
+        self.guessed = sum(self_conditions(self.config, step) for step in range(self.done))
+        if not self.done:
+            return
+
+        found = found or {"model": {}, "ema": {}, "optimizer": {}}
+        tools, options = state_dicts(), from_rank_0()
+        tools.set_model_state_dict(self.model, found["model"], options=options)
+        tools.set_model_state_dict(self.ema, found["ema"], options=options)
+        for group in found["optimizer"].get("param_groups", []):
+            if "ns_steps" in group:                           # a run begun with torch.optim.Muon
+                for name in ("nesterov", "ns_coefficients", "ns_steps", "eps", "adjust_lr_fn"):
+                    group.pop(name, None)
+        try:
+            tools.set_optimizer_state_dict(self.model, self.optimizers, found["optimizer"],
+                                           options=options)
+        except KeyError as error:
+            raise UserError(f"its checkpoint holds the state of another optimiser ({error}); "
+                            "choose another --out") from None
 
 
 def train(config):
-    """From a config to a run folder full of sound. The same config goes on where it stopped."""
-    from lab import plan
+    """From a Config to a run folder with checkpoints and sound. The same Config resumes the run."""
     device, dtype = decide(config)
-    check_launch(config)                                                      # flags, folders, room, and then the rest
+    check_launch(config)                                      # flags, folders, disk, memory
     check_data(config)
     check_out(config)
-    plan.afford(config, device, dtype)
+    plan = lab("plan")
+    if plan:
+        plan.afford(config, device, dtype)
     with together() as rank, contextlib.nullcontext() if rank else claim(config):
-        plan.announce(config, device, dtype)
-        with rank_0_first():                                                  # it makes what the others then find
+        announce(config, device, dtype)
+        with rank_0_first():
             corpus = open_corpus(config)
             if rank == 0 and not (Path(config.out) / "config.json").exists():
-                write_config(config.out, config)                              # whose folder this is, from now on
-            autoencoder = open_autoencoder(config, corpus, device)
+                write_config(config.out, config)              # from now on, whose folder this is
+            autoencoder = open_autoencoder(config, corpus, device, dtype)
         trainer = Trainer(config, corpus, autoencoder, device, dtype)
-        with interruptible() as trainer.signals:
-            learn(trainer, Path(config.out))
+        with interruptible(trainer.signals):
+            train_loop(trainer, Path(config.out))
         if trainer.stopped:
             print(f"stopped after step {trainer.done}; the same command goes on from there")
             raise SystemExit(128 + (trainer.signals or [signal.SIGTERM])[0])
-        if not rank:
-            del trainer
-            gc.collect()                                                      # its memory may be needed now
+        if rank == 0:
+            del trainer                                       # its memory may be needed now
+            gc.collect()
             listen(config.out, device)
 
 
-def keep_to_time(config, done, seconds):
-    """Print how long training takes at `seconds` a step. At the start of a run that was given no --steps, have it take
-    no more than `minutes`, counted from the launch."""
-    spent, left = (time.perf_counter() - LAUNCHED) / 60, (config.steps - done) * seconds / 60
-    if config.minutes and config.lr_schedule == "wsd" and not dist.is_initialized() and done == TRIAL:
-        affordable = (0.85 * config.minutes - spent) * 60 / seconds    # the rest: validation, sound, a slower machine
-        if affordable < config.steps - done:
-            full, config.steps = config.steps, max(2 * done, int(done + affordable) // 100 * 100)
-            tqdm.write(f"{full} steps would take {left:.0f} minutes here: training for {config.steps} instead; for all "
-                       f"of them add --steps {full}")
-            left = (config.steps - done) * seconds / 60
-    tqdm.write(f"about {left:.1f} minutes of training, at {seconds:.3f} s a step")
+def announce(config, device, dtype):
+    """Print what will be trained, and on what."""
+    size, precision = count(config), str(dtype)[6:]
+    if dtype == torch.float32 and not multiplies_bf16(device):
+        precision += f" (this {device.type} has no bf16 in hardware)"
+    print(f"{config.size}: {size['parameters'] / 1e6:.2f} M parameters on {device} in {precision}; "
+          f"{config.steps} steps of {config.batch_size} windows of {size['tokens']} tokens, "
+          f"{size['flops'] * config.batch_size / 1e9:.3g} GFLOP per step")
+    if dist.is_initialized():
+        part = "a shard" if config.parallel == "fsdp" else "a copy"
+        print(f"{ranks()[1]} ranks, each with {part} of the model")
 
 
-def learn(trainer, folder):
-    """The loop: steps, a line of log.jsonl for each, and now and then a validation and a checkpoint."""
-    config, rate = trainer.config, trainer.config.batch_size * (trainer.config.ctx_frames + trainer.config.gen_frames)
-    trainer.restore(None if trainer.rank else newest(folder, config))
+def train_loop(trainer, folder):
+    """Steps, a row of log.jsonl for each, and now and then a validation and a checkpoint."""
+    config = trainer.config
+    trainer.restore(None if trainer.rank else resume_point(folder, config))
     if trainer.done:
         print(f"going on from step {trainer.done}")
     if trainer.rank == 0:
-        write_config(folder, config)                                          # it may ask for more steps than before
+        write_config(folder, config)                          # steps may have changed
         trim_log(folder / "log.jsonl", trainer.done)
-    first, shown = trainer.done, {}
+    frames_per_step = config.batch_size * (config.ctx_frames + config.gen_frames)
+    first, begun, shown = trainer.done, time.perf_counter(), {}
 
-    def keep(name):                                                           # what is saved is in the log already
-        if trainer.rank == 0:
-            log.flush()
-            os.fsync(log.fileno())
-        trainer.save(folder / name)
+    with (open(os.devnull if trainer.rank else folder / "log.jsonl", "a") as log,
+          tqdm(initial=first, total=config.steps, desc="training", unit="step",
+               disable=trainer.rank > 0) as bar):
 
-    with (tqdm(initial=first, total=config.steps, desc="training", unit="step", disable=trainer.rank > 0) as bar,
-          open(os.devnull if trainer.rank else folder / "log.jsonl", "a") as log):
-        begun = time.perf_counter()
+        def checkpoint_as(name):
+            log.flush()                                       # what is saved is in the log already
+            if trainer.rank == 0:
+                os.fsync(log.fileno())
+            trainer.save(folder / name)
+
         while trainer.done < config.steps and not trainer.stopped:
             if config.lr_schedule == "wsd" and trainer.done == decay_start(config.steps):
-                keep("trunk.pt")                                              # a longer run will go on from here
+                checkpoint_as("trunk.pt")                     # a longer run goes on from here
             row = trainer.step()
+
+            # After the first steps: how long will it take?
             if trainer.done == first + WARM:
                 warm = time.perf_counter()
             if trainer.done == first + TRIAL and trainer.rank == 0:
-                keep_to_time(config, trainer.done, (time.perf_counter() - warm) / (TRIAL - WARM))
+                seconds = (time.perf_counter() - warm) / (TRIAL - WARM)
+                keep_to_time(config, trainer.done, seconds)
                 bar.total = config.steps
                 write_config(folder, config)
-            row["frames/s"] = (trainer.done - first) * rate / (time.perf_counter() - begun)
+
+            elapsed = time.perf_counter() - begun
+            row["frames/s"] = (trainer.done - first) * frames_per_step / elapsed
             due = trainer.done == config.steps or trainer.done % config.eval_every == 0
             if due:
                 row["valid"] = trainer.validate()
@@ -1132,74 +2346,131 @@ def learn(trainer, folder):
             log.write(json.dumps(row) + "\n")
             bar.update()
             if due or trainer.stopped:
-                keep("checkpoint.pt")
+                checkpoint_as("checkpoint.pt")
+
+
+def keep_to_time(config, done, seconds):
+    """Print how long training takes at `seconds` per step. At the start of a run without --steps,
+    reduce the steps so that it takes no more than `minutes`, counted from the launch."""
+    left = (config.steps - done) * seconds / 60
+    if config.minutes and config.lr_schedule == "wsd" and not dist.is_initialized() and \
+            done == TRIAL:
+        spent = (time.perf_counter() - LAUNCHED) / 60
+        # The rest is for validation, sound, and a machine that slows down.
+        affordable = (0.85 * config.minutes - spent) * 60 / seconds
+        if affordable < config.steps - done:
+            full = config.steps
+            config.steps = max(2 * done, int(done + affordable) // 100 * 100)
+            tqdm.write(f"{full} steps would take {left:.0f} minutes here: training for "
+                       f"{config.steps} instead; for all of them add --steps {full}")
+            left = (config.steps - done) * seconds / 60
+    tqdm.write(f"about {left:.1f} minutes of training, at {seconds:.3f} s per step")
 
 
 def trim_log(path, step):
-    """Drop what the log says of steps after `step`: they will be done again."""
+    """Drop the rows of steps after `step`: they will be done again."""
     if path.exists():
-        whole = [row for row in path.read_text().splitlines(True) if row.endswith("}\n")]
-        rows = [row for row in whole if json.loads(row)["step"] <= step]
+        lines = [line for line in path.read_text().splitlines(True) if line.endswith("}\n")]
+        lines = [line for line in lines if json.loads(line)["step"] <= step]
         with replacing(path) as temporary:
-            temporary.write_text("".join(rows))
+            temporary.write_text("".join(lines))
 
 
 def listen(folder, device="cpu", number=4):
-    """Leave sound to judge by: for a few held-out windows the context with the model's continuation, with the true one,
-    and the true one as the autoencoder gives it back."""
-    folder, (config, model, autoencoder) = Path(folder), load_run(folder, device)
-    waves = load(folder / "autoencoder.pt")["examples"][:number].float().to(device) / 32767
+    """Write WAV files to judge by: for a few held-out windows, the context with the model's
+    continuation, the recording, and the recording encoded and decoded."""
+    folder = Path(folder)
+    config, model, autoencoder = load_run(folder, device)
+    examples = load(folder / "autoencoder.pt")["examples"][:number]
+    waves = examples.float().to(device) / 32767
     frames = autoencoder.encode(waves)
     context = frames[:, :config.ctx_frames]
-    speech = autoencoder.decode(torch.cat([context, sample(model, context, progress=True)], dim=1))
-    for kind, sounds in {"generated": speech, "true": waves, "reconstruction": autoencoder.decode(frames)}.items():
-        for i, wave in enumerate(sounds, 1):
+    generated = sample(model, context, progress=GENERATING)
+    sounds = {"generated": autoencoder.decode(torch.cat([context, generated], dim=1)),
+              "true": waves, "reconstruction": autoencoder.decode(frames)}
+    for kind, batch in sounds.items():
+        for i, wave in enumerate(batch, 1):
             save_audio(folder / f"{i}_{kind}.wav", wave)
-    print(f"listen to {folder}/1_generated.wav: {config.ctx_seconds:g} s of a held-out recording, then the model; "
-          f"1_true.wav is how it really went on, 1_reconstruction.wav what the decoder alone costs.\n"
-          f"next: python sample.py {folder} --num 8 --seconds 10      then: python eval_pjsd.py {folder}")
+    print(f"listen to {folder}/1_generated.wav: {config.ctx_seconds:g} s of a held-out recording, "
+          "then the model's continuation; 1_true.wav is the recording, 1_reconstruction.wav the "
+          f"recording encoded and decoded.\nnext: python sample.py {folder} --num 8 --seconds 10"
+          f"      then: python eval_pjsd.py {folder}")
     open_page(folder, config)
+
+
+GENERATING = functools.partial(tqdm, desc="generating", unit="window")
 
 
 def open_page(folder, config, *written):
     """Write the listening page, if the lab is there (see `lab.page.write_page`)."""
+    page = lab("page")
+    if page:
+        page.write_page(folder, config, *written)
+    else:
+        print("(lab/page.py is not here, so no index.html is written)")
+
+
+def lab(name):
+    """A module of lab/; None where cdslm.py was copied alone."""
+    sys.modules.setdefault("cdslm", sys.modules[__name__])    # the lab imports this very program
     try:
-        from lab.page import write_page
-    except ModuleNotFoundError:
-        print("(lab/page.py is not here: no index.html is written)")
-        return
-    write_page(folder, config, *written)
+        return importlib.import_module(f"lab.{name}")
+    except ModuleNotFoundError as error:
+        if error.name not in ("lab", f"lab.{name}"):
+            raise
+    return None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# main. The command line is the dataclass.
+# --------------------------------------------------------------------------------------------------
+# 15. main. The command line is the dataclass.
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with errors of one line."""
+    """argparse with errors of one line, whose help is a program's docstring."""
+
+    def __init__(self, description):
+        super().__init__(description=description, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message):
         raise UserError(f"{message} (see --help)")
 
 
-def parse(argv=None):
-    """Command line -> Config."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+def config_parser(description=__doc__):
+    """A parser with a flag for every field of Config."""
+    parser = Parser(description)
     group = parser
     for f in dataclasses.fields(Config):
-        meta, flag = f.metadata, "--" + f.name.replace("_", "-")
-        group = parser.add_argument_group(meta["section"]) if meta["section"] else group
-        text = meta["text"] + (f" [{f.default}]" if f.default not in (None, False) else "")
+        flag, help = "--" + f.name.replace("_", "-"), f.metadata["help"]
+        if f.metadata["section"]:
+            group = parser.add_argument_group(f.metadata["section"])
         if f.type is bool:
-            group.add_argument(flag, action="store_true", help=text)
-        else:
-            metavar = "|".join(meta["choices"]) if meta["choices"] else f.type.__name__.upper()
-            group.add_argument(flag, type=f.type, default=f.default, metavar=metavar, help=text,
-                               nargs="+" if f.name == "data" else None)
-    return Config(**vars(parser.parse_args(argv)))
+            group.add_argument(flag, action="store_true", help=help)
+            continue
+        if f.default is not None:
+            help += f" [{f.default}]"
+        choices = f.metadata["limits"]["choices"]
+        group.add_argument(flag, type=f.type, default=f.default, help=help,
+                           metavar="|".join(choices) or f.type.__name__.upper(),
+                           nargs="+" if f.name == "data" else None)
+    return parser
+
+
+def to_config(arguments):
+    """Parsed arguments, among them all fields of Config -> Config."""
+    fields = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(Config)}
+    if isinstance(fields["data"], list) and len(fields["data"]) == 1:
+        fields["data"] = fields["data"][0]
+    return Config(**fields)
+
+
+def parse(argv=None):
+    """Command line -> Config."""
+    return to_config(config_parser().parse_args(argv))
 
 
 def cli(main):
-    """Run a program's `main`: a user's mistake, or the disk's, is one line and exit status 2; SIGTERM is as Ctrl-C."""
+    """Run a program's `main`. A mistake of the user, or a full disk, is one line and exit status 2;
+    SIGTERM is as Ctrl-C."""
     def terminated(number, frame):
         raise KeyboardInterrupt(number)
 
@@ -1208,10 +2479,11 @@ def cli(main):
     try:
         main()
     except torch.OutOfMemoryError:
-        print("error: out of memory; try a smaller --micro-batch, or --checkpoint-activations", file=sys.stderr)
+        print("error: out of memory; try a smaller --micro-batch, or --checkpoint-activations",
+              file=sys.stderr)
         sys.exit(2)
     except (UserError, OSError) as error:
-        if ranks()[0] == 0 or dist.is_initialized():                          # what all ranks are told, one says
+        if ranks()[0] == 0 or dist.is_initialized():          # what all ranks see, one prints
             print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stopped:
@@ -1220,9 +2492,13 @@ def cli(main):
 
 
 def main():
-    from lab import plan
-    config = parse()
-    (plan.dry_run if config.dry_run else plan.print_params if config.print_params else train)(config)
+    planning = {"--dry-run", "--print-params"} & set(sys.argv)
+    if not planning:
+        return train(parse())
+    plan = lab("plan")
+    if plan is None:
+        raise UserError(f"{planning.pop()} needs lab/plan.py beside cdslm.py")
+    plan.main()
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ toy speech, heard by `lab/listener.py`, the truth is known: there, what the pape
     python eval_pjsd.py --generated mine --reference real --recognizer hama       any two folders of audio
     python eval_pjsd.py out/tiny --decided                                        what is decided at which noise level
 """
-import argparse
 import itertools
 import json
 import math
@@ -22,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from cdslm import CFG, STEPS, Parser, cli, guided, load_run, sample
-from corpus import (AUDIO_FILES, FRAME_RATE, HOP, RATE, UserError, load_audio, log_mel, open_corpus, reason, replacing,
+from cdslm import (AUDIO_FILES, FRAME_RATE, HOP, RATE, UserError, load_audio, log_mel, open_corpus, reason, replacing,
                     resample)
 from lab.listener import batched, decided, draw_decided, error_rate, load_listener, speak, toy_truth
 from lab.toyspeech import ToySpeech
@@ -306,7 +305,7 @@ def page(report):
 
 def parse(argv=None):
     """Command line -> arguments. Raises UserError for one that makes no sense."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(__doc__)
     parser.add_argument("run", nargs="?", help="a run folder, such as out/tiny")
     parser.add_argument("--generated", help="instead of a run: a folder of speech, a file an utterance")
     parser.add_argument("--reference", help="with --generated: a folder of real speech")

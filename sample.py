@@ -8,7 +8,6 @@ Each file is the context followed by the continuation. Beyond the window the mod
 window; all is decoded as one, so no seam is heard. The same command writes the same files on the same machine. Sound
 that is written to the run folder, as it is without --out, is also put on its page: open RUN/index.html in a browser.
 """
-import argparse
 import math
 import shlex
 import sys
@@ -17,15 +16,15 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from cdslm import CFG, STEPS, Parser, UserError, cli, load, load_run, open_page, sample
-from corpus import FRAME_RATE, HOP, RATE, load_audio, save_audio
+from cdslm import CFG, STEPS, Parser, UserError, cli, load, load_run, open_page, sample, GENERATING
+from cdslm import FRAME_RATE, HOP, RATE, load_audio, save_audio
 
 SILENT = 1e-3  # a prompt that never gets louder than -60 dBFS says nothing
 
 
 def parse(argv=None):
     """Command line -> arguments."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(__doc__)
     parser.add_argument("run", help="a run folder, such as out/tiny")
     parser.add_argument("--prompt", help="a recording to continue, or 'none' for silence; held-out contexts by default")
     parser.add_argument("--seconds", type=float, help="seconds to speak [what it was trained to speak in one go]")
@@ -72,7 +71,7 @@ def main():
     frames = contexts(arguments, config, autoencoder)
     more = config.gen_frames if arguments.seconds is None else max(1, round(arguments.seconds * FRAME_RATE))
     spoken = sample(model, frames[:, -config.ctx_frames:], more, arguments.steps, arguments.cfg, arguments.sampler,
-                    arguments.seed, progress=True)
+                    arguments.seed, progress=GENERATING)
     waves = autoencoder.decode(torch.cat([frames, spoken], dim=1))
     path = arguments.out or folder / "continued.wav"
     files = [path.with_stem(f"{path.stem}-{i}") for i in range(1, arguments.num + 1)] if arguments.num > 1 else [path]

@@ -20,7 +20,7 @@ import torch
 
 import cdslm
 import eval_pjsd
-from corpus import log_mel, open_corpus
+from cdslm import log_mel, open_corpus
 from lab.listener import batched, load_listener, speak, toy_truth
 from lab.toyspeech import ToySpeech
 
@@ -70,7 +70,7 @@ def run(flags, seed):
     config = cdslm.parse(f"{BASE} {flags} --seed {seed}".split())
     device, dtype = cdslm.decide(config)
     corpus = open_corpus(config)
-    trainer = cdslm.Trainer(config, corpus, cdslm.fit_autoencoder(config, corpus, device), device, dtype)
+    trainer = cdslm.Trainer(config, corpus, cdslm.fit_autoencoder(config, corpus, device, dtype), device, dtype)
     begun = time.perf_counter()
     while trainer.done < config.steps:
         trainer.step()

@@ -32,7 +32,7 @@ from torch import nn
 
 import cdslm
 from cdslm import Config, Diffusion, MMDiT, count, decide, load_run, make_optimizers, sample
-from corpus import FFT, FRAME_RATE, HOP, MELS, RATE, WINDOW, log_mel, open_corpus
+from cdslm import FFT, FRAME_RATE, HOP, MELS, RATE, WINDOW, log_mel, open_corpus
 
 ROOT = Path(__file__).parents[1]
 

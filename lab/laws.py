@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from corpus import UserError, reason
+from cdslm import UserError, reason
 
 DELTA = 1e-3       # where Huber's loss turns from square to straight, in log L
 EPSILON = 0.01     # "flat" is where the loss is at most this share above its best

@@ -17,7 +17,7 @@ from torch import nn
 from tqdm import tqdm
 
 from cdslm import load, save
-from corpus import FRAME_RATE, HOP, MELS, UserError, cache_root, fingerprint, keyed_noise, log_mel, replacing
+from cdslm import FRAME_RATE, HOP, MELS, UserError, cache_root, fingerprint, keyed_noise, log_mel, replacing
 from lab.toyspeech import STYLES, SYMBOLS, VERSION, VOWELS, ToySpeech
 
 LEAD = 20                              # frames left out at the start of an utterance, which is silent

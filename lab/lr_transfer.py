@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 import cdslm
-from corpus import open_corpus
+from cdslm import open_corpus
 
 ROOT = Path(__file__).parents[1]
 
@@ -52,7 +52,7 @@ def run(way, width, depth, lr, seed):
     cdslm.BASE_DEPTH, cdslm.BASE_WIDTH = base
     device, dtype = cdslm.decide(config)
     corpus = open_corpus(config)
-    trainer = cdslm.Trainer(config, corpus, cdslm.fit_autoencoder(config, corpus, device), device, dtype)
+    trainer = cdslm.Trainer(config, corpus, cdslm.fit_autoencoder(config, corpus, device, dtype), device, dtype)
     for _ in range(STEPS):
         trainer.step()
     new = not RESULTS.exists()

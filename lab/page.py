@@ -14,7 +14,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from cdslm import Config, UserError, cli, count, read_config
-from corpus import FRAME_RATE, log_mel, read_audio, replacing
+from cdslm import FRAME_RATE, log_mel, read_audio, replacing
 
 STYLE = """
 :root { color-scheme: light dark } table { border-collapse: collapse }

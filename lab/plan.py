@@ -1,9 +1,9 @@
-"""What a run will take, before it is run: FLOPs, memory, time, and each parameter's learning rate.
+"""plan: what a run will take, before it is run: parameters, FLOPs, memory, time.
 
-    python cdslm.py --size 16b --parallel fsdp --dry-run --devices 64       no data is read, no memory taken
-    python cdslm.py --size small --print-params
+    python -m lab.plan --size 16b --parallel fsdp --devices 64    no data is read, no memory is taken
+    python -m lab.plan --size small --print-params                each parameter's role and rates
 
-Imported by `cdslm.py` when it is needed.
+It takes every flag of cdslm.py, and `python cdslm.py --dry-run` is the same program.
 """
 import itertools
 import json
@@ -11,11 +11,9 @@ import os
 import time
 
 import torch
-import torch.distributed as dist
 
-from cdslm import GUIDED, STEPS, Diffusion, MMDiT, count, decide, levels, make_optimizers, ranks, role
-from corpus import UserError
-from devices import check_division, multiplies_bf16
+from cdslm import (GUIDED, STEPS, Diffusion, MMDiT, UserError, check_division, cli, config_parser,
+                   count, decide, levels, make_optimizers, ranks, role, to_config)
 
 KEPT = {torch.float32: 92, torch.bfloat16: 58}  # bytes that a token leaves in a block for the backward pass, over d
 
@@ -63,24 +61,48 @@ def afford(config, device, dtype):
                         f"{there / 2 ** 30:.3g}; see --dry-run with --devices, --parallel fsdp, --micro-batch")
 
 
-def dry_run(config):
-    """Say what a run would be, without data and without allocating it."""
-    (device, dtype), size, devices = decide(config), count(config), max(1, config.devices)
-    check_division(config, devices)
-    if config.devices:
-        device, dtype = torch.device("cuda"), torch.float32 if config.dtype == "fp32" else torch.bfloat16
+def facts(config, devices, tflops):
+    """What a run would be, as a dictionary; nothing is allocated. `devices` GPUs that each sustain
+    `tflops` 10^12 FLOPs a second; 0: this machine."""
+    device, dtype = decide(config)
+    if devices:
+        device = torch.device("cuda")
+        dtype = torch.float32 if config.dtype == "fp32" else torch.bfloat16
+    count_of_devices = max(1, devices)
+    check_division(config, count_of_devices)
+
+    size = count(config)
     tokens, windows = size["tokens"] * config.batch_size, config.batch_size * config.steps
-    evaluations = sum(1 + (GUIDED[0] < phi < GUIDED[1]) for phi in levels(config, STEPS)[:-1])
-    facts = {"size": config.size, "device": str(device), "dtype": str(dtype)[6:], "parameters": size["parameters"],
-             "ctx_frames": config.ctx_frames, "gen_frames": config.gen_frames, "tokens_per_step": tokens,
-             "flops_per_step": size["flops"] * config.batch_size, "tokens": tokens * config.steps,
-             "flops": size["flops"] * windows, "6ND": 6 * size["parameters"] * tokens * config.steps,
-             "flops_per_window_spoken": evaluations * size["flops_forward"],
-             "devices": devices, "days": size["flops"] * windows / (devices * config.tflops * 1e12) / 86400}
-    facts |= {f"GiB: {name}": value for name, value in memory(config, devices, device, dtype).items()}
-    lines = [f"{name:>40}  {value:.3g}" if isinstance(value, float) else f"{name:>40}  {value}"
-             for name, value in facts.items()]
-    print(json.dumps(facts) if config.json else "\n".join(lines))
+    guided = [GUIDED[0] < phi < GUIDED[1] for phi in levels(config, STEPS)[:-1]]
+    flops = size["flops"] * windows
+    found = {
+        "size": config.size, "device": str(device), "dtype": str(dtype)[6:],
+        "parameters": size["parameters"], "ctx_frames": config.ctx_frames,
+        "gen_frames": config.gen_frames, "tokens_per_step": tokens,
+        "flops_per_step": size["flops"] * config.batch_size, "tokens": tokens * config.steps,
+        "flops": flops, "6ND": 6 * size["parameters"] * tokens * config.steps,
+        "flops_per_window_spoken": (len(guided) + sum(guided)) * size["flops_forward"],
+        "devices": count_of_devices, "days": flops / (count_of_devices * tflops * 1e12) / 86400}
+    need = memory(config, count_of_devices, device, dtype)
+    return found | {f"GiB: {name}": value for name, value in need.items()}
+
+
+def human(name, value):
+    """A value as people read it: 15.8 B, 410 G, 7.4 TiB, 3.2 days."""
+    if isinstance(value, str):
+        return value
+    if name.startswith("GiB"):
+        return f"{value / 1024:.3g} TiB" if value >= 1024 else f"{value:.3g} GiB"
+    if name == "days":
+        return f"{value:.3g} days" if value >= 1 else f"{value * 24:.3g} hours"
+    if value < 100_000:
+        return f"{value:.6g}"
+    if "flops" in name or name == "6ND":
+        return f"{value:.3g} FLOPs"
+    for size, letter in ((1e12, "T"), (1e9, "B" if name == "parameters" else "G"), (1e6, "M")):
+        if value >= size:
+            return f"{value / size:.3g} {letter}"
+    return f"{value / 1e3:.3g} k"
 
 
 def print_params(config):
@@ -113,13 +135,36 @@ def seconds_a_step(config, device, dtype):
     return min(b - a for a, b in itertools.pairwise(times))
 
 
-def announce(config, device, dtype):
-    """Print what will be trained, and on what."""
-    size, precision = count(config), str(dtype)[6:]
-    if dtype == torch.float32 and not multiplies_bf16(device):
-        precision += f" (this {device.type} has no bf16 in hardware)"
-    print(f"{config.size}: {size['parameters'] / 1e6:.2f} M parameters on {device} in {precision}; "
-          f"{config.steps} steps of {config.batch_size} windows of {size['tokens']} tokens, "
-          f"{size['flops'] * config.batch_size / 1e9:.3g} GFLOP a step")
-    if dist.is_initialized():
-        print(f"{ranks()[1]} ranks, each with {'a shard' if config.parallel == 'fsdp' else 'a copy'} of the model")
+def parse(argv=None):
+    """Command line -> arguments, which hold all fields of Config too."""
+    parser = config_parser(__doc__)
+    group = parser.add_argument_group("plan")
+    group.add_argument("--dry-run", action="store_true", help="this program's job: print the plan")
+    group.add_argument("--print-params", action="store_true",
+                       help="print each parameter's shape, role, learning rate and weight decay")
+    group.add_argument("--devices", type=int, default=0, help="plan for so many GPUs [this machine]")
+    group.add_argument("--tflops", type=float, default=400.0,
+                       help="what each sustains; 400 is two fifths of an H100's bf16 peak [400]")
+    group.add_argument("--json", action="store_true", help="print the plan as JSON")
+    arguments = parser.parse_args(argv)
+    if arguments.devices < 0 or not 0 < arguments.tflops < float("inf"):
+        raise UserError("--devices must be at least 0, --tflops more than 0")
+    return arguments
+
+
+def main():
+    arguments = parse()
+    config = to_config(arguments)
+    if arguments.print_params:
+        return print_params(config)
+    found = facts(config, arguments.devices, arguments.tflops)
+    if arguments.json:
+        print(json.dumps(found))
+    else:
+        for name, value in found.items():
+            title = name.removeprefix("GiB: ").replace("_", " ")
+            print(f"{title:>40}  {human(name, value)}")
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -33,10 +33,9 @@ from tqdm import tqdm
 import cdslm
 import eval_pjsd
 from lab import laws
-from cdslm import (Parser, Trainer, UserError, claim, cli, count, decay_start, decide, interruptible, newest,
+from cdslm import (Parser, Trainer, UserError, claim, cli, count, decay_start, decide, interruptible, ranks, resume_point,
                    open_autoencoder, sample, write_config)
-from corpus import FRAME_RATE, lock, open_corpus, reason, replacing
-from devices import ranks
+from cdslm import FRAME_RATE, lock, open_corpus, reason, replacing
 from lab.listener import batched, load_listener, speak
 from lab.plan import seconds_a_step
 from lab.toyspeech import ToySpeech
@@ -81,7 +80,7 @@ def train(trainer, first, seconds, bar, signals):
     write_config(folder, config)
     shutil.copyfile(folder.parent / "autoencoder.pt", folder / "autoencoder.pt")
     with contextlib.suppress(UserError):                                      # if that is lost, or past: from the start
-        trainer.restore(newest(folder, config))
+        trainer.restore(resume_point(folder, config))
     bar.update((trainer.done - first) * seconds)
     while trainer.done < config.steps and not signals:
         if trainer.done == start:
@@ -157,7 +156,7 @@ def run(arguments, flags):
                         "and loss to a CSV for lab.scaling fit")
     device, dtype = decide(base)
     work, total = to_do(arguments, base, device, dtype)
-    if base.dry_run or not work:
+    if arguments.dry_run or not work:
         return
     out.mkdir(parents=True, exist_ok=True)
     corpus = open_corpus(base)
@@ -165,7 +164,8 @@ def run(arguments, flags):
         autoencoder = open_autoencoder(dataclasses.replace(base, out=str(out)), corpus, device)
         judge = make_judge(base, autoencoder, device, dtype, arguments.minutes)
     bar = tqdm(total=total, smoothing=0, bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}")
-    with bar, interruptible() as signals:
+    signals = []
+    with bar, interruptible(signals):
         for size, budget, config, first, seconds in work:
             bar.set_description_str(f"{size} {budget:.3g} FLOPs")
             row, begun = {"size": size, "budget": budget, "seed": config.seed}, time.perf_counter()
@@ -260,17 +260,19 @@ def shapes(text):
 
 def parse(argv=None):
     """Command line -> arguments, and the flags that cdslm.py is to read."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    running = commands.add_parser("run", help="train a grid of runs; takes flags of cdslm.py too", allow_abbrev=False)
+    running = commands.add_parser("run", help="train a grid of runs; takes flags of cdslm.py too",
+                                  description=None)
     running.add_argument("--budgets", type=numbers, default=BUDGETS, help=f"training FLOPs, exact [{BUDGETS}]")
     running.add_argument("--sizes", type=shapes, default=SIZES, help=f"depth x width of models [{SIZES}]")
     running.add_argument("--each", type=int, default=5, help="how many of them each budget trains [5]")
     running.add_argument("--only", type=lambda text: text.split(","), help="train these sizes of the grid alone")
     running.add_argument("--repeat", type=float, help="where a second seed is trained as well [the second budget]")
     running.add_argument("--minutes", type=float, default=10, help="minutes of speech that each run is judged by [10]")
+    running.add_argument("--dry-run", action="store_true", help="print what is to be done, and exit")
     running.add_argument("--out", type=Path, default="runs/iso", help="folder of the study [runs/iso]")
-    fitting = commands.add_parser("fit", help="fit the laws to runs", allow_abbrev=False)
+    fitting = commands.add_parser("fit", help="fit the laws to runs", description=None)
     fitting.add_argument("runs", help="a folder of `run`; CSV or JSONL with loss and two of N, D, C")
     fitting.add_argument("--plot", type=Path, help="draw the figure here: png, pdf, svg")
     fitting.add_argument("--json", nargs="?", const="-", help="write the report here; without a path, to the screen")
