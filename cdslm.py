@@ -1557,19 +1557,18 @@ def split(clips, window):
 
 def join(blocks, limit):
     """Runs of neighbouring blocks (see `split`): chances up to `limit` are for validation."""
-    runs, previous = {"train": [], "valid": []}, None
+    runs, last = {"train": [], "valid": []}, None
     for chance, place, name, shard, start, frames in blocks:
         kind = "valid" if chance <= limit else "train"
-        if previous == (kind, place, shard):
+        if last == (kind, place, shard):
             runs[kind][-1][2] += frames
         else:
-            if previous and previous[1:] == (place, shard) and runs[previous[0]][-1][3] == name:
-                last = runs[previous[0]][-1]
-                last[2] -= min(FRAME_RATE, last[2])           # the second between the splits
-            runs[kind].append([shard, start, frames, name])
-        previous = kind, place, shard
-    return {kind: np.array([row[:3] for row in rows]).reshape(-1, 3)
-            for kind, rows in runs.items()}
+            if last and last[0] != kind and last_name == name:
+                run = runs[last[0]][-1]
+                run[2] -= min(FRAME_RATE, run[2])             # the second between the splits
+            runs[kind].append([shard, start, frames])
+        last, last_name = (kind, place, shard), name
+    return {kind: np.array(rows, int).reshape(-1, 3) for kind, rows in runs.items()}
 
 
 def open_corpus(config):

@@ -9,7 +9,7 @@ import torch
 
 from cdslm import AudioAutoencoder, Config, decide, fit_autoencoder, open_autoencoder, save
 from lab.listener import load_listener
-from corpus import DECODER_FFT, HOP, MELS, RATE, UserError, griffin_lim, istft, keyed, log_mel, open_corpus, stft, unmel
+from cdslm import DECODER_FFT, HOP, MELS, RATE, UserError, griffin_lim, istft, keyed, log_mel, open_corpus, stft, unmel
 
 REAL = Path(__file__).parents[2] / "shared/data/fsdd"
 CPU = torch.device("cpu")
@@ -91,7 +91,7 @@ def test_the_way_back_is_exact():
 def test_unmel_has_that_mel():
     """Mel inversion gives magnitudes of nearly the same mel, and more rounds come nearer."""
     mel = log_mel(babble())
-    from corpus import mel_bank
+    from cdslm import mel_bank
     errors = [((mel_bank(DECODER_FFT) @ unmel(mel, rounds)).clamp(min=1e-5).log().mT - mel).abs().mean()
               for rounds in (0, 3, 30)]
     assert errors[0] > errors[1] > errors[2]

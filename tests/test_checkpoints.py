@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import cdslm
-from cdslm import Config, claim, load, load_run, newest, read_config, save
-from corpus import UserError
+from cdslm import Config, claim, load, load_run, newest, read_config, resume_point, save
+from cdslm import UserError
 
 
 class Bomb:
@@ -38,9 +38,9 @@ def test_the_one_before_is_kept(tmp_path):
 def test_a_longer_run_goes_on_from_the_last_step_that_both_share(tmp_path):
     for name, step in (("trunk.pt", 750), ("checkpoint.pt", 500), ("checkpoint.pt", 1000)):
         save(tmp_path / name, step=step, steps=1000)
-    assert [newest(tmp_path, Config(steps=steps))["step"] for steps in (1000, 2000, 800)] == [1000, 750, 500]
+    assert [resume_point(tmp_path, Config(steps=steps))["step"] for steps in (1000, 2000, 800)] == [1000, 750, 500]
     with pytest.raises(UserError, match="past what --steps 400 can go on from"):
-        newest(tmp_path, Config(steps=400))
+        resume_point(tmp_path, Config(steps=400))
 
 
 def test_a_save_that_fails_changes_nothing(tmp_path, monkeypatch):
@@ -131,7 +131,7 @@ def test_a_checkpoint_of_another_network_is_a_users_error(trained, tmp_path):
     foreign = load(tmp_path / "autoencoder.pt")
     foreign["autoencoder"]["mel_stats"] += 0.1                                # of the same shape, from another corpus
     save(tmp_path / "autoencoder.pt", **foreign)
-    with pytest.raises(UserError, match="not the one that its model learned from"):
+    with pytest.raises(UserError, match="not the one its model was trained with"):
         load_run(tmp_path)
     facts = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(facts | {"depth": 2}))

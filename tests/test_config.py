@@ -5,7 +5,7 @@ import pytest
 
 import cdslm
 from cdslm import SIZES, Config, parse
-from corpus import UserError
+from cdslm import UserError
 
 
 def test_help_names_every_field_and_its_meaning(capsys):
@@ -15,7 +15,7 @@ def test_help_names_every_field_and_its_meaning(capsys):
     assert stopped.value.code == 0
     for field in dataclasses.fields(Config):
         assert f"--{field.name.replace('_', '-')} " in text
-        assert field.metadata["text"][:20] in text
+        assert field.metadata["help"][:20] in text
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -60,7 +60,7 @@ def test_windows_are_whole_patches_whatever_the_patch(patch):
 @pytest.mark.parametrize("arguments", [
     "--size huge", "--steps 0", "--steps x", "--steps 1.5", "--lr 0", "--lr nan", "--lr inf", "--batch-size -1",
     "--predict eps", "--schedule sigmoid", "--decoder mp3", "--dtype fp8", "--ctx-drop 1.5", "--ctx-drop -0.1",
-    "--ema 1", "--toy-hours 0", "--toy-words 1", "--toy-languages 0", "--seed -1", "--patch-size 0", "--width 100",
+    "--ema 1.5", "--toy-hours 0", "--toy-words 1", "--toy-languages 0", "--seed -1", "--patch-size 0", "--width 100",
     "--gen-seconds 0", "--ctx-seconds 0.01", "--min-snr-gamma 0", "--clip 0", "--eval-every 0", "--latent-dim -1",
     "--batch-size 8 --micro-batch 3", "--no-such-flag 1", "--steps", "stray", "--ste 5",
 ])

@@ -18,16 +18,14 @@ import pytest
 import torch
 
 import cdslm
-import corpus
-from lab import plan
 from cdslm import load, newest, save, train
-from corpus import UserError, open_corpus
+from cdslm import UserError, open_corpus
 from tests.conftest import ROOT, SMALL, command, flags
 from tests.test_checkpoints import Bomb
 from tests.test_training import log, same
 
 RUN = SMALL | dict(steps=18, eval_every=3, decoder="neural", decoder_steps=4, self_condition=0.5)
-PHASES = {"cache": (corpus, "build_shard"), "autoencoder": (cdslm, "fit_autoencoder"), "step": (cdslm.Trainer, "step"),
+PHASES = {"cache": (cdslm, "build_shard"), "autoencoder": (cdslm, "fit_autoencoder"), "step": (cdslm.Trainer, "step"),
           "validation": (cdslm.Trainer, "validate"), "checkpoint": (cdslm, "save")}
 
 
@@ -45,7 +43,7 @@ def program(words, cache, pipe):
     """What `python cdslm.py WORDS` does, in a process that can be killed, without forecast and sound."""
     os.environ["CDSLM_CACHE"] = str(cache)
     sys.stdout = sys.stderr = open(os.devnull, "w")
-    cdslm.listen, plan.announce = lambda *_: None, lambda *_: math.inf
+    cdslm.listen, cdslm.announce = lambda *_: None, lambda *_: None
     for phase, (owner, name) in PHASES.items():
         setattr(owner, name, told(pipe, phase, getattr(owner, name)))
     train(cdslm.parse(words))
@@ -219,14 +217,14 @@ def little(tmp_path):
 def test_a_full_disk_keeps_what_was_there(little):
     """Torch, libsndfile and numpy each tell of it in another way, or not at all."""
     save(little / "checkpoint.pt", step=1)
-    corpus.save_audio(little / "x.wav", torch.zeros(100))
+    cdslm.save_audio(little / "x.wav", torch.zeros(100))
     with pytest.raises(UserError, match="the disk is full") as error:
         save(little / "checkpoint.pt", step=2, weights=torch.randn(10 ** 6))
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="the disk is full"):
-        corpus.save_audio(little / "x.wav", torch.zeros(10 ** 6))
+        cdslm.save_audio(little / "x.wav", torch.zeros(10 ** 6))
     assert sorted(path.name for path in little.iterdir()) == ["checkpoint.pt", "x.wav"]
-    assert load(little / "checkpoint.pt")["step"] == 1 and len(corpus.load_audio(little / "x.wav")) == 100
+    assert load(little / "checkpoint.pt")["step"] == 1 and len(cdslm.load_audio(little / "x.wav")) == 100
 
 
 @pytest.mark.slow
@@ -274,32 +272,32 @@ def test_a_disk_that_is_full_in_mid_run_costs_nothing_that_was_saved(mute, small
 
 def test_ten_bad_steps_in_a_row_stop_the_run(mute, small, tmp_path, monkeypatch):
     """From the seventh step on; with good ones again the same command goes on."""
-    config, batch = small(steps=20, eval_every=3), cdslm.Trainer.batch
+    config, frames = small(steps=20, eval_every=3), cdslm.Trainer.frames
 
-    def spoilt(trainer, part, size):
-        x0, *rest = batch(trainer, part, size)
-        return x0 * (float("nan") if trainer.done >= 6 else 1), *rest
+    def spoilt(trainer, mel):
+        ctx, x0 = frames(trainer, mel)
+        return ctx, x0 * (float("nan") if trainer.done >= 6 and len(mel) == 4 else 1)
 
-    monkeypatch.setattr(cdslm.Trainer, "batch", spoilt)
+    monkeypatch.setattr(cdslm.Trainer, "frames", spoilt)
     with pytest.raises(UserError, match="ten steps in a row.*--lr"):
         train(config)
     assert [row["skipped"] for row in log(tmp_path / "run")] == 6 * [0] + list(range(1, 10))
     assert all(torch.isfinite(weights).all() for weights in load(tmp_path / "run/checkpoint.pt")["model"].values())
-    monkeypatch.setattr(cdslm.Trainer, "batch", batch)
+    monkeypatch.setattr(cdslm.Trainer, "frames", frames)
     train(config)
     assert [row["step"] for row in log(tmp_path / "run")] == list(range(1, 21))
     assert log(tmp_path / "run")[-1]["skipped"] == 9
 
 
 def test_two_runs_make_one_cache(small, monkeypatch):
-    made, build = [], corpus.build_shard
+    made, build = [], cdslm.build_shard
 
     def slowly(stem, *rest):
         made.append(stem)
         time.sleep(0.2)
         build(stem, *rest)
 
-    monkeypatch.setattr(corpus, "build_shard", slowly)
+    monkeypatch.setattr(cdslm, "build_shard", slowly)
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         one, other = pool.map(open_corpus, 2 * [small(toy_hours=0.02, toy_words=6)])
     assert len(made) == 1 and (one.windows("mel", "train", [3], 96) == other.windows("mel", "train", [3], 96)).all()
@@ -311,7 +309,7 @@ def shard(small, cache):
     def reopened():
         return open_corpus(small(toy_hours=0.011, toy_words=5, gen_seconds=0.4))
     reopened()
-    (path,) = cache.glob("toy-2x5-2-*/00000.json")
+    (path,) = cache.glob("toy-2x5-2x20s-*/00000.json")
     return path.with_suffix(""), reopened
 
 
@@ -337,7 +335,7 @@ DAMAGE = {  # what can be wrong with STEM.audio.npy, STEM.mel.npy and STEM.json
     "type": lambda audio, mel, about, trace: overwrite(audio, audio.read_bytes().index(b"<i2"), b"<u2"),
     "zeros": lambda audio, mel, about, trace: overwrite(audio, 9000, bytes(100_000)),
     "NaN": lambda audio, mel, about, trace: overwrite(mel, 9000, np.full(50_000, np.nan, np.float16).tobytes()),
-    "contents": lambda audio, mel, about, trace: about.write_text('{"stretches": []}'),
+    "contents": lambda audio, mel, about, trace: about.write_text('{"clips": []}'),
     "a shorter stretch": lambda audio, mel, about, trace: overwrite(about, about.read_bytes().index(b"1600"), b"15"),
     "not JSON": lambda audio, mel, about, trace: about.write_bytes(b"\xff\xfe[[[["),
     "deep JSON": lambda audio, mel, about, trace: about.write_text(100_000 * "["),
@@ -475,8 +473,8 @@ def test_a_file_of_20_hours_is_cached_in_less_than_a_gibibyte(tmp_path):
     program = f"""
 import resource, sys
 sys.path.insert(0, {str(ROOT)!r})
-import cdslm, corpus
-opened = corpus.open_corpus(cdslm.parse(sys.argv[1:]))
+import cdslm
+opened = cdslm.open_corpus(cdslm.parse(sys.argv[1:]))
 print(sum(len(shard["mel"]) for shard in opened.shards), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
     done = subprocess.run([sys.executable, "-c", program, *flags(data=tmp_path / "data", device="cpu")], text=True,

@@ -9,9 +9,8 @@ import pytest
 import torch
 
 import cdslm
-import devices
 from cdslm import load, load_run, train
-from corpus import UserError
+from cdslm import UserError
 from tests.conftest import SMALL, command, flags
 from tests.test_training import log
 
@@ -108,7 +107,7 @@ def test_more_processes_than_gpus_is_a_users_error(monkeypatch, small):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     with pytest.raises(UserError, match="nproc_per_node=8: here are 4 GPUs"):
-        devices.decide(small(device="cuda"))
+        cdslm.decide(small(device="cuda"))
 
 
 @pytest.mark.parametrize("ways", [
@@ -153,7 +152,7 @@ def test_without_a_compiler_it_says_so_and_goes_on(monkeypatch, capsys):
     def broken(*_):
         raise RuntimeError("no compiler\nfor miles")
     monkeypatch.setattr(torch, "compile", broken)
-    assert devices.compiled(len, "cpu") is len
+    assert cdslm.compiled(len, "cpu") is len
     assert capsys.readouterr().out == "--compile does not work here (no compiler); going on without\n"
 
 
@@ -165,8 +164,8 @@ def test_malloc_maps_as_little_as_the_system_allows(monkeypatch, most):
             return 0
         asked[what] = size
         return 1
-    monkeypatch.setattr(devices.ctypes, "CDLL", lambda name: type("libc", (), {"mallopt": staticmethod(mallopt)}))
-    devices.keep_memory()
+    monkeypatch.setattr(cdslm.ctypes, "CDLL", lambda name: type("libc", (), {"mallopt": staticmethod(mallopt)}))
+    cdslm.keep_memory()
     assert asked == {-1: 2 ** 30, -3: min(most, 2 ** 30)}
 
 

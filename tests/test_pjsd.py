@@ -14,7 +14,7 @@ import torch
 
 import eval_pjsd as judge
 from cdslm import AudioAutoencoder
-from corpus import RATE, UserError, load_audio, log_mel
+from cdslm import RATE, UserError, load_audio, log_mel
 from lab.listener import (batched, draw_decided, error_rate, guess_language, load_listener, nearness, ngrams, spans,
                           speak, toy_truth, words_in)
 from lab.toyspeech import SYMBOLS, ToySpeech

@@ -68,8 +68,8 @@ def test_what_a_step_keeps_is_what_autograd_saves(small):
 
 def test_what_is_announced_tells_why_it_is_float32(monkeypatch, small, capsys):
     for hardware in (True, False):
-        monkeypatch.setattr(plan, "multiplies_bf16", lambda device, hardware=hardware: hardware)
-        plan.announce(small(), torch.device("cpu"), torch.float32)
+        monkeypatch.setattr(cdslm, "multiplies_bf16", lambda device, hardware=hardware: hardware)
+        cdslm.announce(small(), torch.device("cpu"), torch.float32)
         assert ("no bf16 in hardware" in capsys.readouterr().out) == (not hardware)
 
 
@@ -112,7 +112,7 @@ import sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch
 import cdslm
-from corpus import open_corpus
+from cdslm import open_corpus
 def resident(name):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))
 config = cdslm.parse(sys.argv[1:])

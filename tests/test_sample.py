@@ -13,7 +13,7 @@ import torch
 
 import cdslm
 import sample as speak
-from corpus import FRAME_RATE, HOP, RATE, UserError, load_audio
+from cdslm import FRAME_RATE, HOP, RATE, UserError, load_audio
 from lab.page import making
 from tests.conftest import command, speech_like
 

@@ -5,7 +5,7 @@ import pytest
 import soundfile
 import torch
 
-from corpus import DECODER_FFT, HOP, RATE, UserError, istft, load_audio, log_mel, mel_bank, resample, save_audio, stft
+from cdslm import DECODER_FFT, HOP, RATE, UserError, istft, load_audio, log_mel, mel_bank, resample, save_audio, stft
 
 RATES = [8000, 11025, 16000, 22050, 44100, 48000, 96000, 192000]
 LENGTHS = [1, 299, 300, 301, 599, 600, 24_000, 24_001, 71_999]

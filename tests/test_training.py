@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import cdslm
 from cdslm import Trainer, count, load, open_autoencoder, read_config, train
-from corpus import UserError, load_audio, open_corpus, uniform
+from cdslm import UserError, load_audio, open_corpus, uniform
 from tests.conftest import ROOT, SMALL, command, flags, speech_like
 
 REAL = ROOT.parent / "shared/data/fsdd"
@@ -157,56 +157,77 @@ def test_another_seed_is_another_run(trainer):
     assert one.step()["loss"] != other.step()["loss"] and not torch.equal(weights(one), weights(other))
 
 
+def batch(t, step=0):
+    """The whole batch of a step: ctx, x0, eps."""
+    t.batches, t.done = None, step
+    return next(t.micro_batches())
+
+
 def test_a_batch_depends_on_its_step_alone(trainer):
-    one, other = trainer(), trainer()
+    one, other = trainer(), trainer(micro_batch=2)
     for _ in range(2):
         one.step()
     one.validate()
-    other.done = 2
-    assert all(map(torch.equal, one.batch(0, 4), other.batch(0, 4)))
-    assert all(map(torch.equal, [part[2:] for part in one.batch(0, 4)], other.batch(2, 2)))
-    other.done = 3
-    assert not any(map(torch.equal, one.batch(0, 4), other.batch(0, 4)))
+    whole = batch(one, 2)
+    assert all(map(torch.equal, whole, batch(trainer(), 2)))
+    assert all(map(torch.equal, [part[:2] for part in whole], batch(other, 2)))
+    assert not any(map(torch.equal, whole, batch(one, 3)))
 
 
 def test_times_are_stratified_over_the_batch(trainer):
     t = trainer(batch_size=16, t_shift=0.0)
-    for t.done in range(5):
-        shares = (t.batch(0, 16)[2] / (math.pi / 2) * 16).floor().clamp(0, 15)
+    for step in range(5):
+        phi = cdslm.noise_levels(t.config, t.diffusion, step, range(16))
+        shares = (phi / (math.pi / 2) * 16).floor().clamp(0, 15)
         assert sorted(shares.tolist()) == list(range(16))
+        part = cdslm.noise_levels(t.config, t.diffusion, step, range(4, 8))
+        assert torch.equal(part, phi[4:8])
 
 
-def test_contexts_are_dropped_as_often_as_asked(trainer):
+def test_contexts_are_dropped_as_often_as_asked(small):
+    silence, ctx = torch.full((80,), -1.5), torch.zeros(200, 32, 80)
     for share, low, high in ((0.0, 0, 0), (0.3, 0.2, 0.4), (1.0, 1, 1)):
-        t = trainer(ctx_drop=share, batch_size=200)
-        ctx = t.batch(0, 200)[1]
-        assert low <= (ctx == t.model.silence).all(-1).all(-1).float().mean() <= high
+        config = small(ctx_drop=share, batch_size=200)
+        made = cdslm.drop_contexts(config, ctx, silence, 0, range(200))
+        assert low <= (made == silence).all(-1).all(-1).float().mean() <= high
 
 
 def test_context_and_continuation_follow_each_other(trainer):
     t = trainer()
-    window = t.corpus.windows("mel", "train", [5], 96)
+    window = torch.from_numpy(t.corpus.windows("mel", "train", [5], 96))
     ctx, x0 = t.frames(window)
     assert (ctx.shape[1], x0.shape[1]) == (32, 64)
-    assert torch.equal(torch.cat([ctx, x0], 1), t.autoencoder.from_mel(torch.from_numpy(window)))
+    assert torch.equal(torch.cat([ctx, x0], 1), t.autoencoder.from_mel(window))
 
 
 @pytest.mark.parametrize("rank, ranks, micro", [(0, 1, 0), (0, 1, 2), (1, 2, 0), (1, 2, 1)])
-def test_the_windows_of_the_next_step_are_read_ahead(trainer, rank, ranks, micro):
-    """What was read ahead is what is asked for next."""
-    t = trainer(micro_batch=micro, steps=3)
-    t.rank, t.ranks, t.share = rank, ranks, t.config.batch_size // ranks
-    asked, coming, read = [], [], t.read
-    t.read = lambda part, following: (asked.append(part), coming.append(following), read(part, following))[-1]
+def test_every_window_is_read_once_and_in_its_order(trainer, rank, ranks, micro):
+    """By this rank: its share of the batch of every step, a micro-batch after the other."""
+    t, read = trainer(micro_batch=micro, steps=3), []
+    t.hardware.rank, t.hardware.ranks = rank, ranks
+    original, share = t.read, 4 // ranks
+    t.read = lambda step, part: (read.append((step, part)), original(step, part))[1]
     for _ in range(3):
         t.step()
-    assert asked[1:] == coming[:-1] and len(asked) == 3 * t.share // (micro or t.share)
+    windows = [(step, i) for step, part in read for i in part]
+    expected = [(step, i) for step in range(4) for i in range(rank * share, (rank + 1) * share)]
+    assert windows == expected[:len(windows)] and len(windows) >= 3 * share
+
+
+def test_what_a_thread_reads_ahead_comes_in_order_and_its_errors_too():
+    def read(number):
+        if number == 5:
+            raise UserError("no disk")
+        return number * number
+    results = cdslm.prefetch(read, ((number,) for number in itertools.count()))
+    assert [next(results) for _ in range(5)] == [0, 1, 4, 9, 16]
+    with pytest.raises(UserError, match="no disk"):
+        next(results)
 
 
 def test_training_lowers_the_loss_on_a_fixed_batch(trainer):
     t = trainer(steps=40, warmup=5, self_condition=0.0)
-    x0, ctx, phi, eps = t.batch(0, 4)
-    t.batch = lambda part, size: (x0, ctx, phi, eps)
+    t.batches = itertools.repeat(batch(t))
     first = t.step()["loss"]
     for _ in range(39):
         last = t.step()["loss"]
@@ -253,11 +274,11 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(trainer):
     t = trainer()
     t.step()
     before, average = weights(t).clone(), [p.clone() for p in t.ema.parameters()]
-    good = t.batch
-    t.batch = lambda part, size: [x * float("nan") if x is not None and x.ndim == 3 else x for x in good(part, size)]
+    good = t.batches
+    t.batches = iter([[x * float("nan") for x in next(good)]])
     assert t.step()["skipped"] == 1
     assert torch.equal(weights(t), before) and all(map(torch.equal, average, t.ema.parameters()))
-    t.batch = good
+    t.batches = good
     row = t.step()
     assert row["skipped"] == 1 and math.isfinite(row["loss"]) and not torch.equal(weights(t), before)
 
@@ -307,18 +328,18 @@ def test_the_log_has_a_row_a_step(trained):
 def test_a_first_guess_in_bf16_leaves_every_weight_its_gradient(trainer):
     """Autocast may keep what it cast without gradients."""
     t = trainer(self_condition=1.0)
-    x0, ctx, phi, eps = t.batch(0, 4)
+    (ctx, x0, eps), phi = batch(t), torch.ones(4)
     with torch.no_grad():
         for parameter in t.model.parameters():
             parameter.normal_(std=0.1)
     with torch.autocast("cpu", torch.bfloat16):
-        t.diffusion.loss(t.model, x0, ctx, phi, eps, guess=True).sum().backward()
+        t.diffusion.loss(t.model, x0, ctx, phi, eps, self_condition=True).sum().backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in t.model.parameters())
 
 
 def test_bf16_trains_too(trainer):
     t = trainer()
-    t.dtype = torch.bfloat16
+    t.hardware.dtype = torch.bfloat16
     assert all(math.isfinite(t.step()["loss"]) for _ in range(2))
     assert weights(t).dtype == torch.float32
 
@@ -340,7 +361,7 @@ class Products(TorchDispatchMode):
 def test_a_run_in_float32_multiplies_nothing_in_bf16(trainer, dtype):
     """Where bf16 is emulated, a single product in it, in the optimiser for instance, makes a step 20 times as slow."""
     t = trainer(optimizer="muon")
-    t.dtype, t.optimizers = dtype, cdslm.make_optimizers(t.model, t.config, dtype)
+    t.hardware.dtype, t.optimizers = dtype, cdslm.make_optimizers(t.model, t.config, dtype)
     with Products() as products:
         t.step()
     assert products.seen == {dtype}
@@ -355,7 +376,7 @@ def test_a_slow_machine_takes_fewer_steps_unless_told(capsys, monkeypatch, secon
         full = config.steps
         cdslm.keep_to_time(config, cdslm.TRIAL, seconds)
         said = capsys.readouterr().out
-        assert config.steps == expected and f"minutes of training, at {seconds:.3f} s a step" in said
+        assert config.steps == expected and f"minutes of training, at {seconds:.3f} s per step" in said
         assert (f"--steps {full}" in said) == (expected < full)
 
 
@@ -428,3 +449,14 @@ def test_validation_is_under_the_papers_weight_whatever_was_trained(trainer):
     steps, losses = zip(*[(t.step()["loss"], t.validate(8)["mean"])
                           for t in (trainer(min_snr_gamma=gamma, lr=1e-9, muon_lr=1e-9) for gamma in (0.2, 5.0))])
     assert steps[0] < 0.5 * steps[1] and losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_the_ruler_does_not_move_when_a_student_changes_the_loss(trainer, monkeypatch):
+    """Another weight, schedule or distribution of times trains otherwise, but is judged alike."""
+    t = trainer()
+    t.step()
+    before = t.validate(8)
+    for name, change in (("weight", lambda self, phi: 7.0 + 0 * phi), ("times", lambda self, u: u ** 3),
+                         ("alpha", lambda self, t: 1 - t)):
+        monkeypatch.setattr(cdslm.Diffusion, name, change)
+    assert t.validate(8) == before
