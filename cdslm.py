@@ -2007,7 +2007,7 @@ ANGLES = [math.pi / 2 * (i + 0.5) / 10 for i in range(10)]    # noise levels of 
 WARM, TRIAL = 10, 40                  # the speed is measured between these steps
 
 
-def fit_autoencoder(config, corpus, device, dtype):
+def fit_autoencoder(config, corpus, device, dtype=torch.float32):
     """Set the frame statistics, then train the bottleneck, if there is one, and the decoder."""
     torch.manual_seed(config.seed)
     model = AudioAutoencoder(config.latent_dim, config.decoder)
@@ -2424,11 +2424,11 @@ def lab(name):
 # 15. main. The command line is the dataclass.
 
 class Parser(argparse.ArgumentParser):
-    """argparse with errors of one line, whose help is a program's docstring."""
+    """argparse with errors of one line; its description, a program's docstring, stays as it is."""
 
-    def __init__(self, description):
+    def __init__(self, description=None, **options):
         super().__init__(description=description, allow_abbrev=False,
-                         formatter_class=argparse.RawDescriptionHelpFormatter)
+                         formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message):
         raise UserError(f"{message} (see --help)")

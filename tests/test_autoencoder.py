@@ -79,7 +79,7 @@ def test_batch_does_not_matter():
 
 @pytest.mark.parametrize("frames", [torch.zeros(1, 0, MELS), torch.zeros(1, 9, 16), torch.zeros(1, 9, MELS) / 0])
 def test_wrong_frames_are_one_clear_line(frames):
-    with pytest.raises(UserError, match="decode takes finite frames"):
+    with pytest.raises(UserError, match="decode takes (finite )?frames"):
         AudioAutoencoder().decode(frames)
 
 
@@ -126,10 +126,10 @@ def test_an_autoencoder_of_another_shape_is_one_clear_line(small):
     config = small()
     Path(config.out).mkdir()
     open_autoencoder(config, corpus := open_corpus(config), CPU)
-    with pytest.raises(UserError, match="autoencoder.pt: not this run's"):
+    with pytest.raises(UserError, match="autoencoder.pt: of a run with another"):
         open_autoencoder(small(latent_dim=16), corpus, CPU)
     save(Path(config.out) / "autoencoder.pt", other=1)
-    with pytest.raises(UserError, match="autoencoder.pt: not this run's"):
+    with pytest.raises(UserError, match="autoencoder.pt: of a run with another"):
         open_autoencoder(config, corpus, CPU)
 
 

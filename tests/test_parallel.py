@@ -106,7 +106,7 @@ def test_more_processes_than_gpus_is_a_users_error(monkeypatch, small):
     """Every rank says so, not only those that have none."""
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    with pytest.raises(UserError, match="nproc_per_node=8: here are 4 GPUs"):
+    with pytest.raises(UserError, match="nproc_per_node=8, but there are 4 GPUs"):
         cdslm.decide(small(device="cuda"))
 
 
