@@ -149,10 +149,13 @@ class Config:
         for name, value in ({"minutes": 0.0} | SIZES[self.size]).items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
+        if isinstance(self.data, (list, tuple)):
+            self.data = [str(name) for name in self.data]
+        else:
+            self.data = str(self.data)
         if self.width is None:
             self.width = 128 * self.depth
-        if self.out is None:
-            self.out = f"out/{self.size}"
+        self.out = str(self.out or f"out/{self.size}")
         for f in dataclasses.fields(self):
             check("--" + f.name.replace("_", "-"), getattr(self, f.name), **f.metadata["limits"])
 
@@ -318,7 +321,7 @@ class Encoder(nn.Module):
 
     def encode(self, wave):
         """(B, N) samples at 24 kHz -> (B, T, C) frames, T = ceil(N/300)."""
-        return self.from_mel(log_mel(wave))
+        return self.from_mel(log_mel(wave.float()))
 
     def from_mel(self, mel):
         """(B, T, 80) log-mel -> (B, T, C) frames."""
@@ -656,7 +659,11 @@ def sample(model, context, frames=None, steps=STEPS, cfg=CFG, sampler="dpm", see
     newest frames are the next context. The noise of item i depends on (seed, i) alone. `progress`
     wraps the range of windows, for a progress bar."""
     config, speech = model.config, context.float()
-    frames = frames or config.gen_frames
+    if context.shape[1] < config.ctx_frames:                  # silence before a short context
+        missing = config.ctx_frames - context.shape[1]
+        silence = model.silence.float().expand(len(context), missing, -1)
+        speech = torch.cat([silence, speech], dim=1)
+    given, frames = speech.shape[1], frames or config.gen_frames
     solver = {"dpm": dpm_solver, "ddim": ddim}[sampler]
     angles = levels(config, steps)
     shape = config.gen_frames, config.channels
@@ -667,7 +674,7 @@ def sample(model, context, frames=None, steps=STEPS, cfg=CFG, sampler="dpm", see
                              for item in range(len(speech))])
         continuation = solver(functools.partial(guided, model, ctx, cfg), noise, angles)
         speech = torch.cat([speech, continuation], dim=1)
-    return speech[:, context.shape[1]:context.shape[1] + frames]
+    return speech[:, given:given + frames]
 
 
 def guided(model, ctx, cfg, xt, phi, estimate):
@@ -937,9 +944,11 @@ import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
+import threading
 import time
 import warnings
 import zipfile
@@ -1141,6 +1150,7 @@ def stft_distance(decoded, wave):
 
 AUDIO_FILES = set(".wav .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .au .caf .w64 .rf64 .sph"
                   .split())
+OTHER_MEDIA = set(".m4a .aac .mp4 .m4b .webm .wma .amr .mkv .mov .3gp .ape .mpc".split())
 
 
 def reason(error):
@@ -1173,14 +1183,15 @@ def resample(wave, rate, new_rate=RATE):
 
 
 def read_audio(path, start=0, stop=math.inf):
-    """Yield seconds `start` to `stop` of a recording, a minute at a time: mono (the mean of the
-    channels), 24 kHz, float32 (N,). Raises UserError if it can't be read or holds NaN."""
+    """Yield seconds `start` to `stop` of a recording, a minute at a time: mono, 24 kHz, float32
+    (N,). Raises UserError if it can't be read or holds NaN."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
     try:
         with soundfile.SoundFile(path) as file:
             rate = file.samplerate
             end = math.ceil(min(file.frames, stop * rate))
+            scale = full_scale(path, file.subtype)
             if not 8000 <= rate <= 192_000:
                 raise UserError(f"{path}: {rate} Hz is outside 8 to 192 kHz")
             for at in range(start * rate, end, 60 * rate):
@@ -1195,10 +1206,28 @@ def read_audio(path, start=0, stop=math.inf):
                 if not np.isfinite(piece).all():
                     raise UserError(f"{path}: contains NaN or infinite samples")
                 samples = -(-min(60 * rate, len(piece) - before) * RATE // rate)
-                mono = torch.from_numpy(piece.clip(-1, 1).mean(1))
+                mono = torch.from_numpy(to_mono((piece / scale).clip(-1, 1)))
                 yield resample(mono, rate)[before * RATE // rate:][:samples]
     except (soundfile.SoundFileError, OSError, RuntimeError, ValueError) as error:
         raise UserError(f"{path}: not readable as audio ({reason(error)})") from None
+
+
+def full_scale(path, subtype):
+    """1, or 32768 for a file of floats that holds 16-bit integers."""
+    if subtype not in ("FLOAT", "DOUBLE"):
+        return 1
+    peak = max((np.abs(block).max() for block in soundfile.blocks(path, 2 ** 20)), default=0)
+    return 2 ** 15 if 16 < peak <= 2 ** 15 else 1
+
+
+def to_mono(samples):
+    """(N, channels) -> (N,): the mean; the loudest channel where channels cancel each other, as in
+    stereo of opposite phase."""
+    mono = samples.mean(1)
+    power = (samples ** 2).mean(0)
+    if (mono ** 2).mean() < 0.05 * power.max():
+        return samples[:, power.argmax()].copy()
+    return mono
 
 
 def load_audio(path):
@@ -1288,6 +1317,7 @@ class Clip:
 @dataclass
 class Source:
     """Where clips come from. Another `contents` is another cache."""
+    place: str
     name: str
     contents: str
     clips: list
@@ -1305,8 +1335,17 @@ def check_data(config):
         if name == "toy" and lab("toyspeech") is None:
             raise UserError("--data toy needs lab/toyspeech.py beside cdslm.py; or give --data a "
                             "folder of recordings")
-        if name != "toy" and not Path(name).is_dir():
+        if name != "toy" and not Path(name).expanduser().exists():
             raise UserError(f"--data {name}: no such folder")
+
+
+def places(data):
+    """The folders and files that `--data` names, each once, as absolute paths; and "toy"."""
+    names = [data] if isinstance(data, str) else data
+    found = ["toy" if name == "toy" else os.path.realpath(os.path.expanduser(name))
+             for name in names]
+    found = list(dict.fromkeys(found))
+    return [place for place in found if not set(map(str, Path(place).parents)) & set(found)]
 
 
 def toy_source(config):
@@ -1325,19 +1364,43 @@ def toy_source(config):
     print(f"toy speech, version {toyspeech.VERSION}: {config.toy_words} words per language, "
           f"{', '.join(bits)} bits per phone")
     name = f"toy-{config.toy_languages}x{config.toy_words}-{count}x{seconds:.0f}s"
-    return Source(name, f"{CACHE_VERSION} {toyspeech.VERSION}", clips, {})
+    return Source("toy", name, f"{CACHE_VERSION} {toyspeech.VERSION}", clips, {})
 
 
-def folder_source(folder):
-    """A folder of recordings, searched to any depth. Files that can't be read are `skipped`."""
-    root, clips, skipped, contents = Path(folder), [], {}, [str(CACHE_VERSION)]
+def find_recordings(root, skipped):
+    """Audio files under a folder, sorted; links are followed, folders of runs are left out. What
+    can't be used is noted in `skipped`."""
+    files, seen = [], set()
 
     def closed(error):                                        # a folder that may not be read
         skipped[printable(os.path.relpath(error.filename, root))] = error.strerror
 
-    files = [Path(parent, name) for parent, folders, names in os.walk(root, onerror=closed)
-             for name in folders + names if Path(name).suffix.lower() in AUDIO_FILES]
-    for path in sorted(files):
+    for parent, folders, names in os.walk(root, onerror=closed, followlinks=True):
+        place = os.path.realpath(parent)
+        is_run = "config.json" in names and any(name.endswith(".pt") for name in names)
+        if place in seen or is_run:
+            folders.clear()
+            continue
+        seen.add(place)
+        for name in folders + names:
+            path = Path(parent, name)
+            if path.suffix.lower() in AUDIO_FILES:
+                files.append(path)
+            elif path.suffix.lower() in OTHER_MEDIA:
+                skipped[printable(path.relative_to(root).as_posix())] = (
+                    "can't be read; convert it: ffmpeg -i FILE FILE.flac")
+    return sorted(files)
+
+
+def folder_source(folder):
+    """A folder of recordings, searched to any depth, or one recording. Files that can't be read are
+    `skipped`."""
+    root, clips, skipped, contents = Path(folder), [], {}, [str(CACHE_VERSION)]
+    if root.is_file():
+        root, files = root.parent, [root]
+    else:
+        files = find_recordings(root, skipped)
+    for path in files:
         name = printable(path.relative_to(root).as_posix())
         try:
             stat = path.stat()
@@ -1363,9 +1426,8 @@ def folder_source(folder):
     # Short clips of a folder lie in the order of their hash: those for validation are neighbours.
     clips.sort(key=lambda clip: (os.path.dirname(clip.name), clip.seconds < BLOCK_SECONDS and
                                  uniform(0, clip.name, 0), clip.name))
-    short = re.sub(r"[^A-Za-z0-9]", "-", root.resolve().name)
-    return Source(f"{short}-{fingerprint(str(root.resolve()))}", "\n".join(contents), clips,
-                  skipped)
+    short = re.sub(r"[^A-Za-z0-9]", "-", Path(folder).name)
+    return Source(str(folder), short, "\n".join(contents), clips, skipped)
 
 
 def read_clip(path, start, stop, name, skipped):
@@ -1381,18 +1443,25 @@ def read_clip(path, start, stop, name, skipped):
 
 def cache_root():
     """Where corpora are cached: $CDSLM_CACHE, or ~/.cache/cdslm."""
-    return Path(os.environ.get("CDSLM_CACHE") or Path.home() / ".cache" / "cdslm")
+    try:
+        return Path(os.environ.get("CDSLM_CACHE") or Path.home() / ".cache" / "cdslm")
+    except RuntimeError:
+        raise UserError("there is no home folder for the cache; set CDSLM_CACHE to a folder that "
+                        "can be written") from None
 
 
 def build_cache(source):
     """Cache all clips of a source and return the open shards. A shard is complete once its .json is
     there, so an interrupted build goes on where it stopped. A complete shard never changes."""
     folder = cache_root() / f"{source.name}-{fingerprint(source.contents)}"
-    for old in sorted(set(cache_root().glob(f"{source.name}-{'[0-9a-f]' * 8}")) - {folder}):
-        print(f"{source.name} has changed since it was cached; the old cache {old} can be deleted "
-              "if no run uses it")
     try:
+        if not folder.exists():
+            for old in sorted(cache_root().glob(f"{source.name}-*/place")):
+                if old.read_text(encoding="utf-8") == printable(source.place):
+                    print(f"{source.place} has changed since it was cached; its old cache "
+                          f"{old.parent} can be deleted if no run uses it")
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / "place").write_text(printable(source.place), encoding="utf-8")
     except OSError as error:
         raise UserError(f"cache {folder}: {error.strerror}; set CDSLM_CACHE to a folder that can "
                         "be written") from None
@@ -1483,8 +1552,8 @@ class Corpus:
     """A cache, split into "train" and "valid" and served as windows. Any integer key names a
     window; uniform keys make every start of a window equally likely."""
 
-    def __init__(self, shards, window):
-        self.shards, self.window = shards, window
+    def __init__(self, shards, window, contents=""):
+        self.shards, self.window, self.contents = shards, window, contents
         self.skipped = {}
         clips = []
         for number, shard in enumerate(shards):
@@ -1534,22 +1603,23 @@ def split(clips, window):
 
     Clips shorter than a window are joined with neighbours of their folder, longer ones never."""
     total = sum(clip[-1] for clip in clips)
-    size = max(BLOCK_SECONDS * FRAME_RATE, 3 * window)
-    if total <= 20 * size:
-        size = 2 * window                                     # little speech is split more finely
-    blocks = []
-    for name, minute, shard, start, frames in clips:
-        place = name if frames >= window else os.path.dirname(name) + "/"
-        for at in range(0, frames, size):
-            chance = uniform(0, name, (minute * 60 * FRAME_RATE + at) // size)
-            blocks.append((chance, place, name, shard, start + at, min(size, frames - at)))
+    whole = max(BLOCK_SECONDS * FRAME_RATE, 3 * window)
+    size = whole if total > 20 * whole else 2 * window        # little speech is cut more finely
+    for shortest in (whole, 0):                               # clips up to this length stay whole
+        blocks = []
+        for name, minute, shard, start, frames in clips:
+            place = name if frames >= window else os.path.dirname(name) + "/"
+            step = size if frames > shortest else max(1, frames)
+            for at in range(0, frames, step):
+                chance = uniform(0, name, (minute * 60 * FRAME_RATE + at) // size)
+                blocks.append((chance, place, name, shard, start + at, min(step, frames - at)))
 
-    # Usually 6 % are for validation; of very little speech, what gives each split a window.
-    limits = np.quantile([block[0] for block in blocks], np.linspace(0, 1, 65)) if blocks else []
-    for limit in [VALIDATION_SHARE, *limits]:
-        runs = join(blocks, limit)
-        if all((rows[:, 2] >= window).any() for rows in runs.values()):
-            return runs
+        # Usually 6 % are for validation; of very little speech, what gives each split a window.
+        chances = [block[0] for block in blocks] or [0.0]
+        for limit in [VALIDATION_SHARE, *np.quantile(chances, np.linspace(0, 1, 65))]:
+            runs = join(blocks, limit)
+            if all((rows[:, 2] >= window).any() for rows in runs.values()):
+                return runs
     raise UserError(f"too little speech: {total / FRAME_RATE:.1f} s, where training and validation "
                     f"each need a stretch of {window / FRAME_RATE:g} s; add some, or shorten "
                     "--gen-seconds")
@@ -1557,7 +1627,8 @@ def split(clips, window):
 
 def join(blocks, limit):
     """Runs of neighbouring blocks (see `split`): chances up to `limit` are for validation."""
-    runs, last = {"train": [], "valid": []}, None
+    runs = {"train": [], "valid": []}
+    last = last_name = None
     for chance, place, name, shard, start, frames in blocks:
         kind = "valid" if chance <= limit else "train"
         if last == (kind, place, shard):
@@ -1574,8 +1645,8 @@ def join(blocks, limit):
 def open_corpus(config):
     """Build or find the cache of each of `config.data` and return the Corpus of all."""
     check_data(config)
-    names = [config.data] if isinstance(config.data, str) else config.data
-    sources = [toy_source(config) if name == "toy" else folder_source(name) for name in names]
+    sources = [toy_source(config) if name == "toy" else folder_source(name)
+               for name in places(config.data)]
     window = config.ctx_frames + config.gen_frames
 
     # Is there enough speech, as far as file headers tell?
@@ -1584,7 +1655,9 @@ def open_corpus(config):
     starts = np.cumsum([0, *frames])
     split([(c.name, c.minute, 0, s, n) for c, s, n in zip(clips, starts, frames)], window)
 
-    corpus = Corpus([shard for source in sources for shard in build_cache(source)], window)
+    contents = fingerprint(" ".join(fingerprint(source.contents) for source in sources))
+    shards = [shard for source in sources for shard in build_cache(source)]
+    corpus = Corpus(shards, window, contents)
     for source in sources:
         corpus.skipped |= source.skipped
     if corpus.skipped:
@@ -1699,6 +1772,8 @@ def check_out(config):
     if (folder / "config.json").exists():
         saved, code = read_config(folder), read_json(folder / "config.json").get("method", "")
         old, new = dataclasses.asdict(saved), dataclasses.asdict(config)
+        if places(saved.data) == places(config.data):         # one place may have several names
+            old["data"] = new["data"]
         differ = [f"{name} {old[name]} -> {new[name]}" for name in new
                   if name not in MAY_CHANGE and old[name] != new[name]]
         if differ:
@@ -1736,8 +1811,11 @@ def read_json(path):
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError:
+        folder = shlex.quote(str(path.parent))
+        if path.parent.is_file():
+            raise UserError(f"{path.parent} is a file; give the run folder that it is in") from None
         raise UserError(f"{path.parent}: no run there; train one with: python cdslm.py --size tiny "
-                        f"--out {path.parent}") from None
+                        f"--out {folder}") from None
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
@@ -1749,15 +1827,18 @@ def read_config(folder):
     """The Config of a run folder."""
     path = Path(folder) / "config.json"
     fields = {name: value for name, value in read_json(path).items()
-              if name not in OLD_FIELDS | {"method"}}
+              if name not in OLD_FIELDS | {"method", "speech"}}
     try:
         return Config(**fields)
     except TypeError:
         raise UserError(f"{path}: damaged, or not a run's configuration") from None
 
 
-def write_config(folder, config):
-    contents = dataclasses.asdict(config) | {"method": method_fingerprint()}
+def write_config(folder, config, speech=""):
+    """Write config.json, with absolute paths and the fingerprints of the method and the speech."""
+    contents = dataclasses.asdict(config) | {"method": method_fingerprint(), "speech": speech}
+    if config.data != "toy":
+        contents["data"] = places(config.data)
     with replacing(Path(folder) / "config.json") as temporary:
         temporary.write_text(json.dumps(contents, indent=2) + "\n")
 
@@ -1836,7 +1917,15 @@ def multiplies_bf16(device):
 
 def ranks():
     """This process's rank and the number of ranks; 0 and 1 without torchrun."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if not launched_together():
+        return 0, 1
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+def launched_together():
+    """Whether torchrun started this process. A variable that is left over alone does not count."""
+    needed = "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
+    return all(os.environ.get(name) for name in needed)
 
 
 def check_division(config, count):
@@ -1848,7 +1937,7 @@ def check_division(config, count):
 
 def check_launch(config):
     """Raise UserError if the flags don't suit the number of processes."""
-    if config.parallel == "fsdp" and "WORLD_SIZE" not in os.environ:
+    if config.parallel == "fsdp" and not launched_together():
         raise UserError("--parallel fsdp is for many devices: torchrun --nproc_per_node=8 cdslm.py "
                         "--parallel fsdp ...")
     if config.parallel == "fsdp" and config.optimizer == "muon":
@@ -1862,7 +1951,7 @@ def together():
     """Under torchrun, connect to the other ranks. If one of them is lost, the others soon stop with
     a UserError. Yields the rank."""
     rank, _ = ranks()
-    if "WORLD_SIZE" not in os.environ:
+    if not launched_together():
         yield rank
         return
     dist.init_process_group(timeout=datetime.timedelta(minutes=30))   # a checkpoint may take long
@@ -1969,8 +2058,9 @@ def interruptible(signals):
         signals.append(number)
         signal.signal(number, before[number])
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        before[number] = signal.signal(number, note)
+    if threading.current_thread() is threading.main_thread():     # elsewhere there are no signals
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, note)
     try:
         yield
     finally:
@@ -2269,8 +2359,8 @@ def train(config):
         announce(config, device, dtype)
         with rank_0_first():
             corpus = open_corpus(config)
-            if rank == 0 and not (Path(config.out) / "config.json").exists():
-                write_config(config.out, config)              # from now on, whose folder this is
+            if rank == 0:
+                own(config, corpus)
             autoencoder = open_autoencoder(config, corpus, device, dtype)
         trainer = Trainer(config, corpus, autoencoder, device, dtype)
         with interruptible(trainer.signals):
@@ -2282,6 +2372,15 @@ def train(config):
             del trainer                                       # its memory may be needed now
             gc.collect()
             listen(config.out, device)
+
+
+def own(config, corpus):
+    """Write into a new run folder whose it is; note if an old run's recordings have changed."""
+    path = Path(config.out) / "config.json"
+    if not path.exists():
+        write_config(config.out, config, corpus.contents)
+    elif read_json(path).get("speech", corpus.contents) not in ("", corpus.contents):
+        print("note: the recordings have changed since this run began")
 
 
 def announce(config, device, dtype):
@@ -2304,7 +2403,7 @@ def train_loop(trainer, folder):
     if trainer.done:
         print(f"going on from step {trainer.done}")
     if trainer.rank == 0:
-        write_config(folder, config)                          # steps may have changed
+        write_config(folder, config, trainer.corpus.contents) # steps may have changed
         trim_log(folder / "log.jsonl", trainer.done)
     frames_per_step = config.batch_size * (config.ctx_frames + config.gen_frames)
     first, begun, shown = trainer.done, time.perf_counter(), {}
@@ -2331,7 +2430,7 @@ def train_loop(trainer, folder):
                 seconds = (time.perf_counter() - warm) / (TRIAL - WARM)
                 keep_to_time(config, trainer.done, seconds)
                 bar.total = config.steps
-                write_config(folder, config)
+                write_config(folder, config, trainer.corpus.contents)
 
             elapsed = time.perf_counter() - begun
             row["frames/s"] = (trainer.done - first) * frames_per_step / elapsed
@@ -2390,10 +2489,11 @@ def listen(folder, device="cpu", number=4):
     for kind, batch in sounds.items():
         for i, wave in enumerate(batch, 1):
             save_audio(folder / f"{i}_{kind}.wav", wave)
+    quoted = shlex.quote(str(folder))
     print(f"listen to {folder}/1_generated.wav: {config.ctx_seconds:g} s of a held-out recording, "
           "then the model's continuation; 1_true.wav is the recording, 1_reconstruction.wav the "
-          f"recording encoded and decoded.\nnext: python sample.py {folder} --num 8 --seconds 10"
-          f"      then: python eval_pjsd.py {folder}")
+          f"recording encoded and decoded.\nnext: python sample.py {quoted} --num 8 --seconds 10"
+          f"      then: python eval_pjsd.py {quoted}")
     open_page(folder, config)
 
 
@@ -2467,26 +2567,53 @@ def parse(argv=None):
     return to_config(config_parser().parse_args(argv))
 
 
-def cli(main):
+class Unbreakable:
+    """A text stream whose reader may go away, or that was never there: writing then does nothing.
+    Characters that the terminal lacks are escaped."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        try:
+            encoding = self.stream.encoding or "utf-8"
+            return self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        except (OSError, ValueError, AttributeError):
+            return len(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            self.stream.flush()
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def cli(main, resumable=False):
     """Run a program's `main`. A mistake of the user, or a full disk, is one line and exit status 2;
-    SIGTERM is as Ctrl-C."""
+    SIGTERM is as Ctrl-C. `resumable`: the same command goes on where it stopped."""
     def terminated(number, frame):
         raise KeyboardInterrupt(number)
 
+    def fail(message):
+        if ranks()[0] == 0 or dist.is_initialized():          # what all ranks see, one prints
+            print(f"error: {printable(message)}", file=sys.stderr)
+        sys.exit(2)
+
     keep_memory()
+    sys.stdout, sys.stderr = Unbreakable(sys.stdout), Unbreakable(sys.stderr)
     signal.signal(signal.SIGTERM, terminated)
     try:
         main()
-    except torch.OutOfMemoryError:
-        print("error: out of memory; try a smaller --micro-batch, or --checkpoint-activations",
-              file=sys.stderr)
-        sys.exit(2)
     except (UserError, OSError) as error:
-        if ranks()[0] == 0 or dist.is_initialized():          # what all ranks see, one prints
-            print(f"error: {printable(str(error))}", file=sys.stderr)
-        sys.exit(2)
+        fail(str(error))
+    except (RuntimeError, MemoryError) as error:
+        if "memory" not in str(error) and not isinstance(error, MemoryError):
+            raise
+        fail("out of memory; try a smaller --micro-batch or --num, or --checkpoint-activations")
     except KeyboardInterrupt as stopped:
-        print("stopped; the same command goes on from what is done", file=sys.stderr)
+        hint = "; the same command goes on from what is done" if resumable else ""
+        print(f"stopped{hint}", file=sys.stderr)
         sys.exit(128 + (stopped.args or [signal.SIGINT])[0])
 
 
@@ -2501,4 +2628,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli(main)
+    cli(main, resumable=True)

@@ -142,7 +142,8 @@ def test_what_all_ranks_are_told_one_says(tmp_path):
     (dict(batch_size=6, micro_batch=2), "divide evenly")])
 def test_what_can_not_be_spread_is_a_users_error(monkeypatch, small, tmp_path, settings, why):
     if why != "torchrun":
-        monkeypatch.setenv("WORLD_SIZE", "2")
+        for name, value in dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="1").items():
+            monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=why) as error:
         train(small(**RUN | settings))
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
