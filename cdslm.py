@@ -1981,12 +1981,13 @@ def rank_0_first():
 
 
 class ManyDevices(OneDevice):
-    """DDP or FSDP2 over the ranks of a process group. `stop` is true once any rank got a signal."""
+    """DDP or FSDP2 over the ranks of a process group. After each step, `stop`: a rank got a signal;
+    `late`: a checkpoint is overdue."""
 
     def __init__(self, device, dtype, signals):
         super().__init__(device, dtype)
         self.rank, self.ranks = ranks()
-        self.signals, self.stop = signals, False
+        self.signals, self.stop, self.late = signals, False, False
 
     def exchange(self, network, last):
         if hasattr(network, "set_requires_gradient_sync"):                    # FSDP2
@@ -1996,9 +1997,11 @@ class ManyDevices(OneDevice):
         return contextlib.nullcontext()
 
     def total(self, value):
-        packed = torch.stack([value, value.new_tensor(len(self.signals))])
+        late = time.monotonic() - self.saved > SAVE_SECONDS
+        flags = value.new_tensor([len(self.signals), late])
+        packed = torch.cat([value[None], flags])
         dist.all_reduce(packed)
-        self.stop = bool(packed[1])
+        self.stop, self.late = packed[1:].bool().tolist()
         return packed[0]
 
 
@@ -2051,15 +2054,21 @@ def compiled(network, device):
 
 @contextlib.contextmanager
 def interruptible(signals):
-    """Ctrl-C and SIGTERM are noted in the list `signals`; a second one stops at once."""
-    before = {}
+    """Ctrl-C, SIGTERM and SIGUSR1 (of a batch system) are noted in the list `signals`. A second one
+    stops at once; but torchrun forwards signals that a rank may already have had, so there they
+    count as one for ten seconds."""
+    before, first = {}, []
 
     def note(number, frame):
         signals.append(number)
-        signal.signal(number, before[number])
+        first.append(time.monotonic())
+        grace = 10 if launched_together() else 0
+        if len(first) > 1 and time.monotonic() - first[0] >= grace:
+            raise KeyboardInterrupt(number)
 
+    numbers = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGUSR1")]
     if threading.current_thread() is threading.main_thread():     # elsewhere there are no signals
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in filter(None, numbers):
             before[number] = signal.signal(number, note)
     try:
         yield
@@ -2095,6 +2104,7 @@ def keep_memory():
 VALIDATION_WINDOWS = 64
 ANGLES = [math.pi / 2 * (i + 0.5) / 10 for i in range(10)]    # noise levels of the validation
 WARM, TRIAL = 10, 40                  # the speed is measured between these steps
+SAVE_SECONDS = 600                    # a checkpoint at least this often
 
 
 def fit_autoencoder(config, corpus, device, dtype=torch.float32):
@@ -2140,7 +2150,8 @@ def open_autoencoder(config, corpus, device, dtype=torch.float32):
     a few held-out windows, for listening."""
     path = Path(config.out) / "autoencoder.pt"
     if not path.exists():
-        model = fit_autoencoder(config, corpus, device, dtype)
+        place = torch.device("cpu") if device.type == "mps" else device    # complex STFT
+        model = fit_autoencoder(config, corpus, place, dtype)
         keys = [keyed(0, "example", i) for i in range(8)]
         window = config.ctx_frames + config.gen_frames
         examples = corpus.windows("audio", "valid", keys, window)
@@ -2188,6 +2199,7 @@ class Trainer:
         else:
             self.hardware = OneDevice(device, dtype)
         self.device, self.rank = device, self.hardware.rank
+        self.hardware.saved = time.monotonic()                # of the last checkpoint
 
         torch.manual_seed(config.seed)
         sharded = config.parallel == "fsdp"
@@ -2217,6 +2229,13 @@ class Trainer:
         """Whether a signal has asked any rank to stop, as known after the last step."""
         return bool(getattr(self.hardware, "stop", self.signals))
 
+    @property
+    def late(self):
+        """Whether the last checkpoint is old, as all ranks agree."""
+        if dist.is_initialized():
+            return self.hardware.late
+        return time.monotonic() - self.hardware.saved > SAVE_SECONDS
+
     def read(self, step, positions):
         """Log-mel windows (b, T, 80) and noise (b, Tg, C) of a micro-batch."""
         config, first = self.config, step * self.config.batch_size
@@ -2231,7 +2250,10 @@ class Trainer:
         """Yield ctx (b, Tc, C), x0 (b, Tg, C), eps like x0, from the next step on, without end."""
         parts = self.hardware.micro_batches(self.config)
         order = ((step, part) for step in itertools.count(self.done) for part in parts)
-        for mel, eps in prefetch(self.read, order):
+        batches = prefetch(self.read, order)
+        if self.device.type == "mps":                         # one thread only, there
+            batches = itertools.starmap(self.read, order)
+        for mel, eps in batches:
             yield *self.frames(mel), eps
 
     def frames(self, mel):
@@ -2309,6 +2331,7 @@ class Trainer:
     def save(self, path):
         """Write a checkpoint: full state dicts, gathered in rank 0's memory: the same for any
         number of ranks."""
+        self.hardware.saved = time.monotonic()
         tools = state_dicts()
         options = tools.StateDictOptions(full_state_dict=True, cpu_offload=True)
         optimizer = tools.get_optimizer_state_dict(self.model, self.optimizers, options=options)
@@ -2362,6 +2385,7 @@ def train(config):
             if rank == 0:
                 own(config, corpus)
             autoencoder = open_autoencoder(config, corpus, device, dtype)
+        check_alike(corpus, autoencoder)
         trainer = Trainer(config, corpus, autoencoder, device, dtype)
         with interruptible(trainer.signals):
             train_loop(trainer, Path(config.out))
@@ -2372,6 +2396,20 @@ def train(config):
             del trainer                                       # its memory may be needed now
             gc.collect()
             listen(config.out, device)
+
+
+def check_alike(corpus, autoencoder):
+    """Raise UserError unless all ranks have the same speech and the same decoder, as on a shared
+    disk."""
+    if not dist.is_initialized():
+        return
+    weights = [tensor.cpu().numpy().tobytes() for tensor in autoencoder.state_dict().values()]
+    mine = corpus.contents, hashlib.blake2b(b"".join(weights)).hexdigest()
+    found = [None] * ranks()[1]
+    dist.all_gather_object(found, mine)
+    if len(set(found)) > 1:
+        raise UserError("the ranks see different speech or another autoencoder.pt; put --data, "
+                        "--out and CDSLM_CACHE on a disk that all nodes share")
 
 
 def own(config, corpus):
@@ -2391,6 +2429,9 @@ def announce(config, device, dtype):
     print(f"{config.size}: {size['parameters'] / 1e6:.2f} M parameters on {device} in {precision}; "
           f"{config.steps} steps of {config.batch_size} windows of {size['tokens']} tokens, "
           f"{size['flops'] * config.batch_size / 1e9:.3g} GFLOP per step")
+    if device.type == "cpu" and not torch.version.cuda and shutil.which("nvidia-smi"):
+        print("note: there is an NVIDIA GPU, but this torch was built without CUDA; pip install "
+              "torch --force-reinstall --index-url https://download.pytorch.org/whl/cu126")
     if dist.is_initialized():
         part = "a shard" if config.parallel == "fsdp" else "a copy"
         print(f"{ranks()[1]} ranks, each with {part} of the model")
@@ -2443,7 +2484,7 @@ def train_loop(trainer, folder):
                 bar.set_postfix(shown, refresh=False)
             log.write(json.dumps(row) + "\n")
             bar.update()
-            if due or trainer.stopped:
+            if due or trainer.stopped or trainer.late:
                 checkpoint_as("checkpoint.pt")
 
 

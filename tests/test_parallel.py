@@ -25,9 +25,17 @@ def program(words, place, said, fault):
     sys.argv, step = ["cdslm.py", *words], cdslm.Trainer.step
 
     def faulty(trainer):
-        if fault and trainer.done == fault[0]:
-            os.kill(os.getpid(), fault[1])
+        for number in fault[1:] if fault and trainer.done == fault[0] else ():
+            os.kill(os.getpid(), number)
         return step(trainer)
+
+    if fault and fault[0] == 99:                                       # as on a node with a disk of its own
+        open_autoencoder = cdslm.open_autoencoder
+        def other(*arguments):
+            autoencoder = open_autoencoder(*arguments)
+            autoencoder.mel_stats += 0.5
+            return autoencoder
+        cdslm.open_autoencoder = other
 
     cdslm.Trainer.step, cdslm.listen = faulty, lambda *_: print("listen")
     cdslm.cli(cdslm.main)
@@ -121,6 +129,44 @@ def test_a_run_goes_on_with_another_number_of_ranks(alone, tmp_path, ways):
         assert [status for status, _ in ended] == [0 if last else 143] * len(ended), ended
         assert last or f"stopped after step {at + 1}; the same command goes on" in ended[0][1][-1]
     assert_alike(tmp_path / "run", alone)
+
+
+def test_a_checkpoint_is_saved_by_the_clock_too(mute, small, monkeypatch):
+    monkeypatch.setattr(cdslm, "SAVE_SECONDS", 0)
+    steps, save = [], cdslm.Trainer.save
+    monkeypatch.setattr(cdslm.Trainer, "save", lambda t, path: (steps.append(t.done), save(t, path)))
+    train(small(steps=3, eval_every=100, lr_schedule="cosine"))
+    assert steps == [1, 2, 3]
+
+
+@pytest.mark.slow
+def test_signals_that_torchrun_forwards_count_as_one(tmp_path):
+    """SLURM signals every process, and torchrun signals them once more."""
+    ended = run(tmp_path, fault=(1, signal.SIGTERM, signal.SIGTERM))
+    assert [status for status, _ in ended] == [143, 143], ended
+    assert load(tmp_path / "run/checkpoint.pt")["step"] == 2
+
+
+def test_the_signal_of_a_batch_system_counts(mute, small, tmp_path, monkeypatch):
+    step = cdslm.Trainer.step
+
+    def warned(trainer):
+        if trainer.done == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return step(trainer)
+
+    monkeypatch.setattr(cdslm.Trainer, "step", warned)
+    with pytest.raises(SystemExit) as stopped:
+        train(small(steps=5))
+    assert stopped.value.code == 128 + signal.SIGUSR1 and load(tmp_path / "run/checkpoint.pt")["step"] == 2
+
+
+@pytest.mark.slow
+def test_nodes_without_a_shared_disk_are_told_so(tmp_path, monkeypatch):
+    """The last rank finds another decoder."""
+    ended = run(tmp_path, fault=(99, 0))
+    assert [status for status, _ in ended] == [2, 2]
+    assert any("on a disk that all nodes share" in line for line in ended[0][1])
 
 
 def test_if_a_rank_dies_the_others_stop_with_one_line(tmp_path):
