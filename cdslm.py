@@ -6,13 +6,13 @@ seconds of speech, it generates the continuation: a diffusion transformer turns 
 frames, and a learned decoder turns the frames into sound. Read the file from top to bottom.
 
 Part I, the method (needs torch only)          Part II, the machinery
-  1  Config         settings and sizes           9  Files         audio and safe writing
-  2  Sound          samples <-> log-mel         10  Data          recordings, cache, windows
-  3  Autoencoder    samples <-> frames          11  Checkpoints   the same command resumes
-  4  Diffusion      noise, target, loss         12  Devices       DDP, FSDP2, bf16, compile
-  5  muP            learning rates by role      13  Training      the loop and the validation
-  6  MM-DiT         the network                 14  main          the command line
-  7  Sampler        noise -> speech
+  1  Config         settings and sizes           9  Decoder       frames -> sound
+  2  Sound          samples -> log-mel          10  Files         audio, safe writing
+  3  Encoder        log-mel -> frames           11  Data          recordings, cache, windows
+  4  Diffusion      noise, target, loss         12  Checkpoints   the same command resumes
+  5  muP            learning rates by role      13  Devices       bf16, DDP, FSDP2, compile
+  6  MM-DiT         the network                 14  Training      the loop, the validation
+  7  Sampler        noise -> frames             15  main          the command line
   8  Training step  Muon, schedule, EMA, update
 
     python cdslm.py --size tiny                         minutes on a laptop; then open out/tiny
@@ -1382,6 +1382,7 @@ def find_recordings(root, skipped):
             folders.clear()
             continue
         seen.add(place)
+        folders.sort()                                        # of two links, the same one always
         for name in folders + names:
             path = Path(parent, name)
             if path.suffix.lower() in AUDIO_FILES:
