@@ -10,13 +10,17 @@ import torch
 import cdslm
 import eval_pjsd
 import sample
-from lab import scaling
+from lab import plan, scaling
 from tests.conftest import ROOT, SMALL, flags, speech_like
 
 README = ROOT / "README.md"
-PAGES = [README, *(ROOT / f"docs/{name}.md" for name in ("exercises", "notebook", "results", "fidelity", "faults"))]
-PROGRAMS = ("sample.py", "eval_pjsd.py", "lab/scaling.py", "lab/bench.py", "lab/ablate.py", "lab/lr_transfer.py")
-FEW = flags(**{key: SMALL[key] for key in ("depth", "width", "toy_hours", "decoder", "ctx_seconds", "gen_seconds")})
+DOCS = ("exercises", "notebook", "results", "fidelity", "faults")
+PAGES = [README, *(ROOT / f"docs/{name}.md" for name in DOCS)]
+PROGRAMS = ["sample.py", "eval_pjsd.py"]
+PROGRAMS += [f"lab/{name}.py" for name in ("scaling", "bench", "ablate", "lr_transfer", "plan")]
+TEST = "pip install -r requirements.txt pytest && python -m pytest\n"
+USED = ("depth", "width", "toy_hours", "decoder", "ctx_seconds", "gen_seconds")
+FEW = flags(**{key: SMALL[key] for key in USED})
 
 
 def text():
@@ -25,7 +29,7 @@ def text():
 
 
 def commands(start):
-    """Commands of the pages' fenced blocks that begin with `start`, as lists of words without comments."""
+    """Commands of the pages' fenced blocks that begin with `start`, as lists of words."""
     blocks = re.findall(r"^```\w*\n(.*?)^```", text(), re.S | re.M)
     lines = [line.split("#")[0] for block in blocks for line in block.splitlines()]
     parts = [part.strip() for line in lines for part in line.split("&&")]
@@ -54,8 +58,9 @@ def folder(run, tmp_path_factory):
 
 def test_both_first_commands_are_there():
     page = README.read_text()
-    assert "pip install -r requirements.txt && python cdslm.py --size tiny\n" in page.split("\n## Hear it\n")[1]
-    assert "pip install -r requirements.txt pytest && python -m pytest\n" in page
+    first = "pip install -r requirements.txt && python cdslm.py --size tiny\n"
+    assert first in page.split("\n## Hear it\n")[1]
+    assert TEST in page
 
 
 def test_the_front_page_is_short():
@@ -83,12 +88,13 @@ def test_every_link_leads_somewhere(page):
 
 
 def test_continuous_integration_runs_the_readmes_tests():
-    assert "pip install -r requirements.txt pytest && python -m pytest\n" in (ROOT / ".ci/run").read_text()
+    assert TEST in (ROOT / ".ci/run").read_text()
 
 
 def test_the_first_command_leaves_what_it_promises(folder):
     run = folder / "out/tiny"
-    assert {"config.json", "checkpoint.pt", "log.jsonl", "1_generated.wav"} <= {path.name for path in run.iterdir()}
+    for name in ("config.json", "checkpoint.pt", "log.jsonl", "1_generated.wav", "index.html"):
+        assert (run / name).exists(), name
 
 
 def test_every_training_command_is_understood():
@@ -97,18 +103,20 @@ def test_every_training_command_is_understood():
 
 
 def test_there_are_commands_for_many_devices():
-    assert {"ddp", "fsdp"} <= {"fsdp" if "fsdp" in words else "ddp" for words in commands("torchrun")}
+    kinds = ["fsdp" if "fsdp" in words else "ddp" for words in commands("torchrun")]
+    assert {"ddp", "fsdp"} == set(kinds)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("words", commands("torchrun"), ids=" ".join)
 def test_every_command_for_many_devices_runs(words, tmp_path):
-    """With its own window and toy speech, but as two processes on a CPU, with a small network and two steps."""
+    """With its own window, but as two processes on a CPU, with a small network and two steps."""
     program = words.index("cdslm.py")
-    few = flags(depth=1, width=64, steps=2, batch_size=2, toy_hours=0.1, decoder="griffinlim", device="cpu", out="run")
+    few = flags(depth=1, width=64, steps=2, batch_size=2, toy_hours=0.1, decoder="griffinlim",
+                device="cpu", out="run")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run([*launch, ROOT / "cdslm.py", *words[program + 1:], *few], cwd=tmp_path, capture_output=True,
-                          text=True, timeout=300)
+    launch += [ROOT / "cdslm.py", *words[program + 1:], *few]
+    done = subprocess.run(launch, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "2 ranks" in done.stdout and (tmp_path / "run/1_generated.wav").exists()
     assert cdslm.load(tmp_path / "run/checkpoint.pt")["step"] == 2
@@ -125,13 +133,14 @@ def test_every_training_command_runs(run, tmp_path, monkeypatch):
         words = [word for word in words[1:] if word not in ("--out", "--data")]
         words = [word for word in words if not re.match("out/|[Ll]ib|LJ|my_", word)]
         data = ["--data", "recordings"] if "--data" in commands("python cdslm.py")[number] else []
-        few = flags(depth=1, width=64, steps=1, batch_size=2, toy_hours=0.1, decoder="griffinlim", out=f"out/{number}")
+        few = flags(depth=1, width=64, steps=1, batch_size=2, toy_hours=0.1, decoder="griffinlim",
+                    out=f"out/{number}")
         run([*words, *data, *few])
-        assert cdslm.load(tmp_path / f"out/{number}/checkpoint.pt")["step"] == 1 or "--dry-run" in words
+        assert cdslm.load(tmp_path / f"out/{number}/checkpoint.pt")["step"] == 1
 
 
 def test_every_sampling_command_runs(folder, run):
-    """As they stand, with few steps; runs and prompts that are not here are replaced by those that are."""
+    """As they stand, with few steps; runs and prompts that are not here are replaced."""
     soundfile.write(folder / "prompt.wav", speech_like(1.0), 24_000)
     for words in commands("python sample.py"):
         words = [re.sub(r"^out/\w+$", "out/tiny", word) for word in words[1:]]
@@ -141,12 +150,21 @@ def test_every_sampling_command_runs(folder, run):
         run(words + ["--steps", "2"])
 
 
-def test_every_judging_and_scaling_command_is_understood():
-    assert commands("python eval_pjsd.py") and commands("python -m lab.scaling")
+def test_every_judging_planning_and_scaling_command_is_understood():
+    for start in ("python eval_pjsd.py", "python -m lab.plan", "python -m lab.scaling"):
+        assert commands(start)
     for words in commands("python eval_pjsd.py"):
         eval_pjsd.parse(words[2:])
+    for words in commands("python -m lab.plan"):
+        plan.parse(words[3:])
     for words in commands("python -m lab.scaling"):
         scaling.parse(words[3:])
+
+
+def test_the_lab_page_names_every_file_of_the_lab():
+    page = (ROOT / "lab/README.md").read_text()
+    for path in (ROOT / "lab").glob("*.py"):
+        assert f"`{path.name}`" in page or path.name == "__init__.py", path.name
 
 
 def test_every_module_that_the_pages_run_exists():
@@ -169,15 +187,19 @@ def blocks():
 
 
 def test_each_main_piece_takes_five_lines_and_every_block_runs(folder):
-    """All in one notebook, in their order; a comment that begins with shapes says which the line's names have."""
-    names, notebook, shapes = "ToySpeech AudioAutoencoder MMDiT Diffusion sample".split(), {}, 0
-    assert [name for name in names if any(f"import {name}" in b or f", {name}\n" in b for b in blocks())] == names
+    """All in one notebook, in their order. A comment that begins with shapes gives those of the
+    line's names."""
+    notebook, shapes = {}, 0
+    for name in "ToySpeech AudioAutoencoder MMDiT Diffusion sample".split():
+        assert any(f"import {name}" in b or f", {name}\n" in b for b in blocks()), name
     for block in blocks():
         exec(block, notebook)
         assert "def " in block or len(block.splitlines()) <= 5
         for left, comment in re.findall(r"^([\w, ]+) = .*?# (\(.*)", block, re.M):
-            for name, shape in zip(left.split(", "), re.findall(r"\(([\d, ]+)\)", comment), strict=True):
-                assert list(notebook[name].shape) == [int(n) for n in re.findall(r"\d+", shape)], name
+            promised = re.findall(r"\(([\d, ]+)\)", comment)
+            for name, shape in zip(left.split(", "), promised, strict=True):
+                found = list(notebook[name].shape)
+                assert found == [int(n) for n in re.findall(r"\d+", shape)], name
                 shapes += 1
     assert shapes >= 8 and notebook["wave"].ndim == 1
 
@@ -185,8 +207,8 @@ def test_each_main_piece_takes_five_lines_and_every_block_runs(folder):
 @pytest.fixture
 def paper():
     """The paper in 40 lines, as a namespace."""
-    found = [block for block in re.findall(r"```python\n(.*?)```", README.read_text(), re.S) if "def loss(" in block]
-    assert len(found) == 1 and len(found[0].splitlines()) <= 40
+    found = [block for block in blocks() if "def loss(" in block]
+    assert len(found) == 1 and len(found[0].splitlines()) <= 40 and found[0] in README.read_text()
     exec(found[0], names := {})
     return names
 
@@ -200,14 +222,15 @@ def velocity(small):
     for parameter in model.parameters():
         parameter += 0.02 * torch.randn_like(parameter)
     model.silence.fill_(-1.5)
-    ctx, x0, eps = (torch.randn(8, n, 80) for n in (config.ctx_frames, config.gen_frames, config.gen_frames))
-    return config, model, ctx, x0, eps
+    ctx = torch.randn(8, config.ctx_frames, 80)
+    x0 = torch.randn(8, config.gen_frames, 80)
+    return config, model, ctx, x0, torch.randn_like(x0)
 
 
 def test_the_paper_in_40_lines_has_the_loss_of_cdslm(paper, velocity):
     config, model, ctx, x0, eps = velocity
     t, diffusion = torch.linspace(0, 1, 8), cdslm.Diffusion(config)
-    for i in range(8):                                                        # each noise level, its own loss
+    for i in range(8):                                        # each noise level has its own loss
         one = [x[i:i + 1] for x in (x0, ctx, t, eps)]
         ours = diffusion.loss(model, *one[:2], diffusion.angle(one[2]), one[3])
         assert paper["loss"](model, *one).item() == pytest.approx(ours.item(), rel=1e-5)
@@ -218,10 +241,12 @@ def test_the_paper_in_40_lines_has_the_loss_of_cdslm(paper, velocity):
 @pytest.mark.parametrize("cfg", [1, 1.5, 4])
 def test_the_paper_in_40_lines_generates_what_cdslm_generates(paper, velocity, cfg):
     config, model, ctx, *_ = velocity
-    noise = [cdslm.keyed_noise(3, "sample 0", i, (config.gen_frames, 80), "cpu") for i in range(len(ctx))]
-    mine = paper["generate"](model, ctx, model.silence.expand_as(ctx), torch.stack(noise), 24, cfg)
-    ours = cdslm.sample(model, ctx, steps=24, cfg=cfg, sampler="ddim", seed=3)
-    assert ours.std() > 0.1 and (mine - ours).abs().max() < 1e-3
+    shape = config.gen_frames, 80
+    noise = torch.stack([cdslm.keyed_noise(3, "sample 0", i, shape, "cpu") for i in range(len(ctx))])
+    silence = model.silence.expand_as(ctx)
+    of_the_page = paper["generate"](model, ctx, silence, noise, 24, cfg)
+    of_the_file = cdslm.sample(model, ctx, steps=24, cfg=cfg, sampler="ddim", seed=3)
+    assert of_the_file.std() > 0.1 and (of_the_page - of_the_file).abs().max() < 1e-3
 
 
 def test_the_paper_in_40_lines_learns(paper, velocity):
@@ -233,11 +258,12 @@ def test_the_paper_in_40_lines_learns(paper, velocity):
 
 
 def test_every_place_in_the_fidelity_table_exists():
-    table = (ROOT / "docs/fidelity.md").read_text().split("# How faithful it is\n")[1].split("\n## ")[0]
+    table = (ROOT / "docs/fidelity.md").read_text().split("\n## ")[0]
     places = re.findall(r"`([\w/]+\.py): ([\w.]+)`", table)
     assert len(places) >= 20
     for file, name in places:
-        assert re.search(rf"^ *(def|class) {name.split('.')[-1]}\b|^{name} = ", (ROOT / file).read_text(), re.M), name
+        definition = rf"^ *(def|class) {name.split('.')[-1]}\b|^{name}\b.* = "
+        assert re.search(definition, (ROOT / file).read_text(), re.M), (file, name)
 
 
 def test_every_test_in_the_table_of_faults_exists():
