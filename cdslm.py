@@ -1754,10 +1754,10 @@ def resume_point(folder, config):
 
 
 @functools.cache
-def method_fingerprint():
-    """A hash of Part I from section 2 on, without comments and docstrings: it changes when the
-    method does. Python's version is in it, since the parser's output depends on it."""
-    source = Path(__file__).read_text(encoding="utf-8")
+def method_fingerprint(path=__file__):
+    """A hash of this file's Part I from section 2 on, without comments and docstrings: it changes
+    when the method does. Python's version is in it, since the parser's output depends on it."""
+    source = Path(path).read_text(encoding="utf-8")
     source = source[source.index("# 2. Sound."):source.index("# PART II: THE MACHINERY")]
     tree = ast.parse(source)
     for node in ast.walk(tree):

@@ -73,8 +73,9 @@ def test_what_is_announced_tells_why_it_is_float32(monkeypatch, small, capsys):
         assert ("no bf16 in hardware" in capsys.readouterr().out) == (not hardware)
 
 
-@pytest.mark.parametrize("cap", [{"ATEN_CPU_CAPABILITY": "avx2"}, {"ONEDNN_MAX_CPU_ISA": "AVX2"},
-                                 {"ONEDNN_MAX_CPU_ISA": "avx512_core"}])
+@pytest.mark.parametrize("cap", [
+    {"ATEN_CPU_CAPABILITY": "avx2"}, pytest.param({"ONEDNN_MAX_CPU_ISA": "AVX2"}, marks=pytest.mark.slow),
+    pytest.param({"ONEDNN_MAX_CPU_ISA": "avx512_core"}, marks=pytest.mark.slow)])
 def test_instruction_sets_that_may_not_be_used_do_not_count(cap):
     """The processor may have bf16: the libraries have been told not to use it."""
     done = command("cdslm.py", "--dry-run", "--json", "--device", "cpu", env=os.environ | cap)

@@ -1,5 +1,7 @@
 """What real users bring: odd folders, odd files, odd environments."""
+import errno
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -35,7 +37,8 @@ def recordings(tmp_path):
 # --------------------------------------------------------------------------------------------------
 # 1. Nobody reads our output.
 
-@pytest.mark.parametrize("closed", ["stdout", "stderr", "both"])
+@pytest.mark.parametrize("closed", [pytest.param("stdout", marks=pytest.mark.slow),
+                                    pytest.param("stderr", marks=pytest.mark.slow), "both"])
 def test_a_reader_that_goes_away_costs_nothing(tmp_path, closed):
     """As `| tee log` or `| head -1`, and a terminal that was closed."""
     words = flags(**SMALL | dict(out=tmp_path / "run", steps=30, eval_every=10))
@@ -76,6 +79,7 @@ def test_without_any_stderr_it_trains(tmp_path):
     assert done.returncode == 0 and load(tmp_path / "run/checkpoint.pt")["step"] == 4
 
 
+@pytest.mark.slow
 def test_a_terminal_of_ascii_shows_any_name(tmp_path):
     out = tmp_path / "Stimme-\u00fc\u4e2d"
     done = command("cdslm.py", *flags(**SMALL | dict(out=out)), env=os.environ | dict(PYTHONIOENCODING="ascii"))
@@ -101,7 +105,6 @@ def test_a_disk_without_locks_is_noted(mute, small, monkeypatch, capsys, number)
     fcntl = pytest.importorskip("fcntl")
 
     def flock(*_):
-        import errno
         raise OSError(getattr(errno, number), "Function not implemented")
 
     monkeypatch.setattr(fcntl, "flock", flock)
@@ -336,7 +339,6 @@ def test_printed_commands_can_be_pasted(small, capsys, tmp_path, cache):
     out = tmp_path / "my run; it's"
     train(small(steps=1, out=str(out)))
     printed = capsys.readouterr().out
-    import shlex
     line = next(line for line in printed.splitlines() if line.startswith("next: python sample.py"))
     assert shlex.split(line)[3] == str(out)
 
