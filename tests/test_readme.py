@@ -242,7 +242,8 @@ def test_the_paper_in_40_lines_has_the_loss_of_cdslm(paper, velocity):
 def test_the_paper_in_40_lines_generates_what_cdslm_generates(paper, velocity, cfg):
     config, model, ctx, *_ = velocity
     shape = config.gen_frames, 80
-    noise = torch.stack([cdslm.keyed_noise(3, "sample 0", i, shape, "cpu") for i in range(len(ctx))])
+    noise = [cdslm.keyed_noise(3, "sample 0", i, shape, "cpu") for i in range(len(ctx))]
+    noise = torch.stack(noise)
     silence = model.silence.expand_as(ctx)
     of_the_page = paper["generate"](model, ctx, silence, noise, 24, cfg)
     of_the_file = cdslm.sample(model, ctx, steps=24, cfg=cfg, sampler="ddim", seed=3)
