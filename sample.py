@@ -5,8 +5,8 @@
     python sample.py out/tiny --prompt none --num 8                      silence, eight times
 
 Each file is the context followed by the generated continuation. A continuation that is longer than
-the model's window is generated window by window and decoded as a whole, so no seam is audible. The
-same command writes the same files on the same machine. Files that are written to the run folder, as
+the model's window is generated window by window and decoded as a whole, so no seam is audible. Of a
+long prompt, the model sees the end; what comes before is copied from the recording. The same command writes the same files on the same machine. Files that are written to the run folder, as
 they are without --out, also appear on its page: open RUN/index.html in a browser.
 """
 import math
@@ -21,6 +21,7 @@ from cdslm import (CFG, FRAME_RATE, GENERATING, HOP, RATE, STEPS, Parser, UserEr
                    load_audio, load_run, open_page, sample, save_audio)
 
 SILENT = 1e-3           # a prompt whose samples all stay below this, -60 dBFS, holds no speech
+FADE = 480              # samples (20 ms) over which a copied prompt turns into the decoded one
 
 
 def parse(argv=None):
@@ -41,8 +42,9 @@ def parse(argv=None):
                         help="another seed gives another continuation [0]")
     parser.add_argument("--device", default="auto",
                         help="cuda, mps, cpu; auto: the first that is available")
-    parser.add_argument("--out", type=Path, help="WAV file to write; with --num above 1, x.wav "
-                                                 "becomes x-1.wav, ... [RUN/continued.wav]")
+    parser.add_argument("--out", type=Path, help="WAV file to write, or a folder for it; with --num "
+                                                 "above 1, x.wav becomes x-1.wav, ... "
+                                                 "[RUN/continued.wav]")
     arguments = parser.parse_args(argv)
 
     if arguments.num is None:
@@ -55,9 +57,28 @@ def parse(argv=None):
         raise UserError("--seed must be at least 0")
     if not math.isfinite(arguments.cfg):
         raise UserError("--cfg must be a number")
-    if arguments.out and not arguments.out.parent.is_dir():
-        raise UserError(f"--out {arguments.out}: no folder {arguments.out.parent}")
+    if arguments.prompt not in (None, "none") and not Path(arguments.prompt).is_file():
+        raise UserError(f"{arguments.prompt}: no such file")
     return arguments
+
+
+def output_files(arguments):
+    """The WAV files to write. Raises UserError if they can't be, or if one is the prompt."""
+    path = arguments.out or Path(arguments.run)
+    if path.is_dir():
+        path = path / "continued.wav"
+    if path.suffix.lower() != ".wav":
+        raise UserError(f"--out {path}: only .wav files can be written")
+    if not path.parent.is_dir():
+        raise UserError(f"--out {path}: no folder {path.parent}")
+    files = [path]
+    if arguments.num > 1:
+        files = [path.with_stem(f"{path.stem}-{i}") for i in range(1, arguments.num + 1)]
+    for file in files:
+        is_file = arguments.prompt not in (None, "none")
+        if is_file and file.exists() and file.samefile(arguments.prompt):
+            raise UserError(f"--out {file} is the prompt itself; choose another --out")
+    return files
 
 
 def read_prompt(prompt, samples):
@@ -78,45 +99,43 @@ def read_prompt(prompt, samples):
     return wave[len(wave) % HOP:]
 
 
-def contexts(arguments, config, autoencoder):
-    """The frames to continue, (num, T, C). The model sees only the last `config.ctx_frames`."""
+def contexts(arguments, config):
+    """The speech to continue: waves (num, N) that the model sees, and what comes before (M,)."""
     samples = config.ctx_frames * HOP
     if arguments.prompt is None:
         examples = load(Path(arguments.run) / "autoencoder.pt")["examples"]
         chosen = torch.arange(arguments.num) % len(examples)
-        waves = examples[chosen, :samples].float() / 32767                    # (num, N)
-    else:
-        wave = read_prompt(arguments.prompt, samples)
-        waves = wave.repeat(arguments.num, 1)                                 # (num, N)
-    return autoencoder.encode(waves.to(autoencoder.mel_stats.device))
+        return examples[chosen, :samples].float() / 32767, torch.zeros(0)
+    wave = read_prompt(arguments.prompt, samples)
+    return wave[-samples:].repeat(arguments.num, 1), wave[:-samples]
 
 
 def main():
     arguments = parse()
-    folder = Path(arguments.run)
+    folder, files = Path(arguments.run), output_files(arguments)
     config, model, autoencoder = load_run(folder, arguments.device)
-    context = contexts(arguments, config, autoencoder)
+    waves, before = contexts(arguments, config)
 
     # Generate, then decode the context and the continuation together.
     frames = config.gen_frames
     if arguments.seconds is not None:
         frames = max(1, round(arguments.seconds * FRAME_RATE))
-    continuation = sample(model, context[:, -config.ctx_frames:], frames, arguments.steps,
-                          arguments.cfg, arguments.sampler, arguments.seed, progress=GENERATING)
-    waves = autoencoder.decode(torch.cat([context, continuation], dim=1))
+    context = autoencoder.encode(waves.to(autoencoder.mel_stats.device))      # (num, T, C)
+    continuation = sample(model, context, frames, arguments.steps, arguments.cfg,
+                          arguments.sampler, arguments.seed, progress=GENERATING)
+    decoded = autoencoder.decode(torch.cat([context, continuation], dim=1)).cpu()
 
-    # Write the files.
-    path = arguments.out or folder / "continued.wav"
-    files = [path]
-    if arguments.num > 1:
-        files = [path.with_stem(f"{path.stem}-{i}") for i in range(1, arguments.num + 1)]
-    context_seconds = context.shape[1] / FRAME_RATE
-    for file, wave in zip(files, waves):
-        save_audio(file, wave)
+    # The recording before the context is copied and fades into the decoded context.
+    if len(before):
+        fade = torch.linspace(0, 1, FADE)
+        decoded[:, :FADE] = fade * decoded[:, :FADE] + (1 - fade) * waves[:, :FADE]
+    context_seconds = (len(before) + waves.shape[1]) / RATE
+    for file, wave in zip(files, decoded):
+        save_audio(file, torch.cat([before, wave]))
         print(f"{file}: {context_seconds:.1f} s of context, then {frames / FRAME_RATE:.1f} s "
               "generated")
 
-    if path.parent.samefile(folder):
+    if files[0].parent.samefile(folder):
         command = shlex.join(["python", "sample.py", *sys.argv[1:]])
         open_page(folder, config, command, [folder / file.name for file in files], context_seconds)
 

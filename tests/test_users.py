@@ -351,3 +351,40 @@ def test_only_training_promises_to_go_on(capsys):
         with pytest.raises(SystemExit):
             cdslm.cli(main, resumable)
         assert ("goes on" in capsys.readouterr().err) == resumable
+
+
+# --------------------------------------------------------------------------------------------------
+# 11, 13. Prompts and outputs of sample.py.
+
+def test_a_long_prompt_is_copied_not_resynthesised(trained, tmp_path):
+    """Only its end is encoded and decoded; there is no jump where the two meet."""
+    wave = speech_like(60, 24_000)
+    soundfile.write(tmp_path / "me.wav", wave, 24_000, subtype="PCM_16")
+    done = command("sample.py", trained[0], "--prompt", tmp_path / "me.wav", "--out", tmp_path / "x.wav", "--steps", "2")
+    assert done.returncode == 0 and "60.0 s of context" in done.stdout, done.stderr
+    made, given = load_audio(tmp_path / "x.wav"), load_audio(tmp_path / "me.wav")
+    seen = len(given) - round(0.4 * 24_000)
+    ratio = made[:seen].std() / given[:seen].std()                            # loud samples turn all down
+    assert len(made) == len(given) + round(0.8 * 24_000)
+    assert (made[:seen] - ratio * given[:seen]).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("out, why", [("x.mp3", "only .wav"), ("x", "only .wav"), ("me.wav", "is the prompt itself"),
+                                      ("no/x.wav", "no folder")])
+def test_what_sample_would_write_is_checked_first(trained, tmp_path, monkeypatch, out, why):
+    import sample as program
+    record(tmp_path / "me.wav", 2)
+    before = (tmp_path / "me.wav").read_bytes()
+    words = ["sample.py", str(trained[0]), "--prompt", str(tmp_path / "me.wav"), "--out", str(tmp_path / out)]
+    monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.setattr(program, "load_run", lambda *_: pytest.fail("work began"))
+    with pytest.raises(UserError, match=why):
+        program.main()
+    assert (tmp_path / "me.wav").read_bytes() == before
+
+
+def test_an_output_folder_gets_files_with_names(trained, tmp_path, monkeypatch):
+    import sample as program
+    monkeypatch.setattr(sys, "argv", ["sample.py", str(trained[0]), "--num", "3", "--out", f"{tmp_path}/", "--steps", "1"])
+    program.main()
+    assert sorted(path.name for path in tmp_path.glob("*.wav")) == [f"continued-{i}.wav" for i in (1, 2, 3)]
