@@ -15,8 +15,11 @@ import torch
 import eval_pjsd as judge
 from cdslm import AudioAutoencoder
 from cdslm import RATE, UserError, load_audio, log_mel
-from lab.listener import (batched, draw_decided, error_rate, guess_language, load_listener, nearness, ngrams, spans,
-                          speak, toy_truth, words_in)
+from lab.decided import draw_decided
+from lab.listener import (batched, error_rate, guess_language, language_kept, load_listener,
+                          nearness, ngrams, spans, speak, toy_truth, words_in)
+from lab.recognizers import quiet_cuts
+from lab.report import MEANING
 from lab.toyspeech import SYMBOLS, ToySpeech
 
 ROOT = Path(__file__).parents[1]
@@ -196,7 +199,7 @@ def test_cuts_fall_on_quiet_points():
     wave = torch.randn(40 * 8000, generator=torch.Generator().manual_seed(0))
     for second in (8, 17, 27):
         wave[second * 8000:second * 8000 + 800] *= 0.01
-    pieces = list(judge.quiet_cuts(wave, 8000))
+    pieces = list(quiet_cuts(wave, 8000))
     assert torch.equal(torch.cat(pieces), wave) and max(map(len, pieces)) <= 12 * 8000
     assert np.cumsum([len(piece) for piece in pieces])[:2] / 8000 == pytest.approx([8.05, 17.05], abs=0.06)
 
@@ -364,7 +367,7 @@ def test_a_run_is_judged(tmp_path):
                   f"eval_pjsd.py {run} --minutes 1 --steps 2 --decided --json {report}"):
         done = subprocess.run([sys.executable, *words.split()], cwd=ROOT, check=True, capture_output=True, text=True)
     report = json.loads(report.read_text())
-    assert "word_rate" in done.stdout and set(report["toy"]) == set(judge.MEANING) and report["error_rate"] < 0.05
+    assert "word_rate" in done.stdout and set(report["toy"]) == set(MEANING) and report["error_rate"] < 0.05
     assert all(0 <= v <= 1 for name, values in report["decided"].items() if name != "log_snr" for v in values)
     assert not report["memory"]["flagged"] and report["pjsd"][0] is not None
 
