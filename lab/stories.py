@@ -184,11 +184,11 @@ def tell(number, words, seed, voices):
         wave = say(text, voice, int(rng.integers(2 ** 31)))
         pause = np.zeros(round(rng.uniform(*PAUSE) * RATE), np.float32)
         end = at + len(wave)
-        times.append({"text": text, "start": round(at / RATE, 4), "end": round(end / RATE, 4)})
+        times.append({"text": text, "start": round(at / RATE, 5), "end": round(end / RATE, 5)})
         pieces += [wave, pause]
         at = end + len(pause)
     line = {"file": f"{number:05d}.wav", "voice": voice, "text": " ".join(sentences),
-            "seconds": round(at / RATE, 4), "sentences": times}
+            "seconds": round(at / RATE, 5), "sentences": times}
     return np.concatenate(pieces), line
 
 

@@ -139,8 +139,9 @@ def figures(sides, groups, rules):
         report[side] = {name: share([row[name] for row in rows], groups[side]) for name in rows[0]}
     for n, name in ((1, "distinct words"), (2, "distinct pairs")):
         clips = {side: [sequences(text, n) for text in texts] for side, texts in sides.items()}
-        # Half of the smallest side: other orders of its clips can then differ.
-        amount = min(sum(map(len, side)) for side in clips.values()) // 2
+        # Half of the side with the fewest: other orders of its clips can then differ.
+        sizes = [sum(map(len, side)) for side in clips.values()]
+        amount = min(filter(None, sizes), default=0) // 2
         for side in sides:
             report[side][name] = distinct(clips[side], amount)
     return report
