@@ -6,7 +6,7 @@
 
 The run continues held-out contexts, window by window, for 12 s each. A speech recogniser writes
 down the true continuations, the same encoded and decoded (reconstructed), and what was generated.
-Beside them stand texts of word n-gram models of the stories. All are scored alike:
+Beside them stand texts of word n-gram models of the stories. Intervals (95 %) resample stories.
 
     vocabulary       share of the words that are in the grammar's vocabulary
     pairs, triples   share of the known words' pairs and triples that the grammar allows
@@ -14,8 +14,6 @@ Beside them stand texts of word n-gram models of the stories. All are scored ali
     name, animal, thing, place    share that is the same as the one mentioned last
       1 back         the same, when it was mentioned one sentence back (3: three or more)
     distinct words, distinct pairs    different ones in the same amount of text
-
-The intervals (95 %) are from resampling whole stories.
 """
 import collections
 import json
@@ -40,7 +38,6 @@ BATCH = 16                     # continuations that are generated at once
 FAR = 3                        # sentences back: so many or more are counted together
 
 
-# --------------------------------------------------------------------------------------------------
 # 1. Scores. A text is a string; a corpus is a list of texts.
 
 def tokens(text):
@@ -52,15 +49,12 @@ def tokens(text):
 def rules(grammar):
     """What `score` needs to know of a grammar: the allowed words, pairs and triples, and for each
     kind of agreement what each word is about, as ({mention: referent}, {use: referent})."""
-    genders, pronouns = {}, {}
-    for person in people(grammar):
-        genders[person["NAME"].lower()] = person["HE"]
-        for slot in ("HE", "HIS", "HIM"):
-            pronouns[person[slot]] = person["HE"]
-    kinds = {"pronoun": (genders, pronouns)}
-
-    groups = {kind: grammar[kind.upper()].split() for kind in ("animal", "thing", "place")}
-    for kind, group in ({"name": genders} | groups).items():
+    persons, kinds = people(grammar), {}
+    genders = {person["NAME"].lower(): person["HE"] for person in persons}
+    pronouns = {person[slot]: person["HE"] for person in persons for slot in ("HE", "HIS", "HIM")}
+    kinds["pronoun"] = genders, pronouns
+    for kind in ("name", "animal", "thing", "place"):
+        group = genders if kind == "name" else grammar[kind.upper()].split()
         same = {word: word for word in group}
         kinds[kind] = same, same
     return {"grams": [allowed(grammar, n) for n in (1, 2, 3)], "kinds": kinds}
@@ -74,29 +68,27 @@ def sequences(text, n):
 
 def score(text, rules):
     """{name: (right, all)} of one text; names are those of the report."""
-    found = {}
-    vocabulary, pairs, triples = rules["grams"]
-    for name, grams in (("vocabulary", vocabulary), ("pairs", pairs), ("triples", triples)):
-        said = sequences(text, len(next(iter(grams))))
-        if name != "vocabulary":
+    vocabulary, found = rules["grams"][0], {}
+    for n, name in enumerate(("vocabulary", "pairs", "triples")):
+        said = sequences(text, n + 1)
+        if n:
             said = [gram for gram in said if all((word,) in vocabulary for word in gram)]
-        right = [gram for gram in said if gram in grams]
+        right = [gram for gram in said if gram in rules["grams"][n]]
         found[name] = len(right), len(said)
-
     for kind, (mentions, uses) in rules["kinds"].items():
         cases = agreement(tokens(text), mentions, uses)
         found[kind] = sum(right for _, right in cases), len(cases)
         for distance in range(FAR + 1):
-            rights = [right for back, right in cases if min(back, FAR) == distance]
+            rights = [right for back, right in cases if back == distance]
             found[f"{kind} {distance}"] = sum(rights), len(rights)
     return found
 
 
 def agreement(tokens, mentions, uses):
-    """For each use that has a mention before it: (sentences back, whether the two agree)."""
+    """For each use that has a mention before it: (sentences back, do the two agree?)."""
     cases, last, back = [], None, 0
     for token in tokens:
-        back += token == "."
+        back = min(back + (token == "."), FAR)
         if token in uses and last is not None:
             cases.append((back, uses[token] == last))
         if token in mentions:
@@ -105,30 +97,28 @@ def agreement(tokens, mentions, uses):
 
 
 def share(counts, groups):
-    """(right, all) of each clip (n, 2), and the story that it is from (n,) -> the share of what is
-    right, its 95 % interval, and the number of cases; None where there are no cases."""
-    counts, groups = np.array(counts).reshape(-1, 2), np.asarray(groups)
+    """(right, all) of each clip (n, 2), the story of each clip (n,) -> the share that is right."""
+    counts, groups = np.array(counts), np.asarray(groups)
     stories = np.array([counts[groups == group].sum(0) for group in np.unique(groups)])
     right, total = stories.sum(0)
     if total == 0:
         return {"value": None, "interval": None, "cases": 0}
     chosen = np.random.default_rng(0).integers(len(stories), size=(DRAWS, len(stories)))
-    sums = stories[chosen].sum(1)
-    sums = sums[sums[:, 1] > 0]
-    interval = np.percentile(sums[:, 0] / sums[:, 1], (2.5, 97.5)).tolist()
+    rights, totals = stories[chosen].sum(1).T
+    drawn = rights[totals > 0] / totals[totals > 0]
+    interval = np.percentile(drawn, (2.5, 97.5)).tolist()
     return {"value": right / total, "interval": interval, "cases": int(total)}
 
 
 def distinct(clips, amount):
-    """How many different entries are among the first `amount` of some lists: mean and 95 % interval
-    over random orders of the lists."""
+    """How many different grams the first `amount` of some clips hold, over orders of the clips."""
     rng, counts = np.random.default_rng(0), []
     for _ in range(100):
         order = rng.permutation(len(clips))
         mixed = [gram for i in order for gram in clips[i]]
         counts.append(len(set(mixed[:amount])))
     interval = np.percentile(counts, (2.5, 97.5)).tolist()
-    return {"value": float(np.mean(counts)), "interval": interval, "cases": amount}
+    return {"value": np.mean(counts), "interval": interval, "cases": amount}
 
 
 def figures(sides, groups, rules):
@@ -147,10 +137,9 @@ def figures(sides, groups, rules):
     return report
 
 
-def babble(stories, n, length, count, seed=0):
-    """Texts of a word n-gram model of `stories`: `count` texts of `length` words and full stops.
-    Each begins anywhere in a story, as the generated speech does."""
-    rng, stories = np.random.default_rng([seed, n]), [tokens(story) for story in stories]
+def babble(stories, n, length, count):
+    """`count` texts of a word n-gram model of `stories`, each of `length` words and full stops."""
+    rng, stories = np.random.default_rng(n), [tokens(story) for story in stories]
     followers = collections.defaultdict(list)
     for words in stories:
         for at in range(n - 1, len(words)):
@@ -160,10 +149,10 @@ def babble(stories, n, length, count, seed=0):
     for _ in range(count):
         words = []
         while len(words) < length:
-            choices = followers.get(tuple(words[max(0, len(words) - n + 1):]))
+            choices = followers.get(tuple(words[len(words) - n + 1:]))
             if choices:
                 words.append(choices[rng.integers(len(choices))])
-            else:                  # at the beginning, and where all stories end
+            else:                  # at first, as speech begins anywhere, and where stories end
                 story = stories[rng.integers(len(stories))]
                 at = rng.integers(len(story) - n + 1)
                 words += story[at:at + n]
@@ -171,12 +160,10 @@ def babble(stories, n, length, count, seed=0):
     return texts
 
 
-# --------------------------------------------------------------------------------------------------
 # 2. Recognisers: functions from a sound, (N,) at 24 kHz, to a text. They must allow many threads.
 
 def recogniser(name):
-    """"tiny.en", which a package carries, or "whisper:NAME", any other that faster-whisper knows.
-    Raises UserError if it can't be had."""
+    """tiny.en, which a package carries, or whisper:NAME. Raises UserError if it is not there."""
     if name != "tiny.en" and not name.startswith("whisper:"):
         raise UserError(f"unknown --recognizer {name}; choose tiny.en or whisper:NAME_OR_FOLDER")
     try:
@@ -194,40 +181,37 @@ def recogniser(name):
         raise UserError(f"--recognizer {name}: {reason(error)}") from None
 
     def hear(wave):
-        wave = resample(wave.float().cpu(), RATE, 16_000).numpy()
         segments, _ = model.transcribe(
-            wave, language="en", beam_size=1, temperature=0.0, without_timestamps=True,
-            condition_on_previous_text=False)
-        return " ".join(segment.text.strip() for segment in segments)
+            resample(wave, RATE, 16_000).numpy(), language="en", beam_size=1, temperature=0.0,
+            without_timestamps=True, condition_on_previous_text=False)
+        return " ".join(segment.text for segment in segments)
     return hear
 
 
 def transcribe(hear, waves, name):
     """Sounds (B, N) -> B texts, on all cores."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(tqdm(pool.map(hear, waves), f"transcribing {name}", len(waves), unit="clip"))
+        return list(tqdm(pool.map(hear, waves), f"transcribing {name}", len(waves)))
 
 
-# --------------------------------------------------------------------------------------------------
 # 3. A run.
 
 def stories_of(folder):
     """The folder of stories that a run was trained on. Raises UserError if it was none."""
     config = read_config(folder)
-    names = [config.data] if isinstance(config.data, str) else config.data
-    if len(names) != 1 or not (Path(names[0]) / "stories.json").is_file():
-        raise UserError(f"{folder} was trained on {' '.join(names)}, which is no folder of stories "
-                        "(made by python -m lab.stories)")
-    return Path(names[0])
+    name, *others = np.atleast_1d(config.data)
+    if others or not Path(name, "stories.json").is_file():
+        raise UserError(f"{folder} was trained on {config.data}, not on a folder of stories "
+                        "that python -m lab.stories made")
+    return Path(name)
 
 
 def held_out(corpus, frames, count):
-    """Windows of `frames` frames, evenly spread over the held-out recordings: sounds (count, N),
-    and the number of the recording of each (count,)."""
+    """Windows, evenly spread over held-out stories: sounds (count, N), story numbers (count,)."""
     starts = np.maximum(corpus.runs["valid"][:, 2] - frames + 1, 0)
     if not starts.any():
         raise UserError(f"no held-out story takes {frames / FRAME_RATE:g} s; try fewer --seconds")
-    keys = (np.arange(count) * starts.sum() // count).tolist()
+    keys = np.arange(count) * starts.sum() // count
     waves = corpus.windows("audio", "valid", keys, frames)
     return torch.from_numpy(waves), np.searchsorted(starts.cumsum(), keys, side="right")
 
@@ -251,7 +235,7 @@ def speak(arguments, waves, config, model, autoencoder):
 def judge(arguments):
     """The report on a run, a dict that JSON can hold."""
     folder = stories_of(arguments.run)
-    settings, truth = json.loads((folder / "stories.json").read_text()), read_truth(folder)
+    settings = json.loads((folder / "stories.json").read_text())
     hear = recogniser(arguments.recognizer)
     config, model, autoencoder = load_run(arguments.run, arguments.device)
     corpus = open_corpus(config)
@@ -259,19 +243,17 @@ def judge(arguments):
     count = max(1, round(arguments.minutes * 60 / arguments.seconds))
     waves, stories = held_out(corpus, frames, count)
     sounds = speak(arguments, waves, config, model, autoencoder)
-
     begun = time.perf_counter()
-    texts = [line["text"] for line in truth.values()]
+    texts = [line["text"] for line in read_truth(folder).values()]
     sides = {side: transcribe(hear, waves, side) for side, waves in sounds.items()}
     length = round(np.mean([len(tokens(text)) for text in sides["true"]]))
     for n, name in enumerate(("unigram", "bigram", "trigram"), 1):
         sides[name] = babble(texts, n, length, count)
     groups = dict.fromkeys(sides, range(count)) | dict.fromkeys(sounds, stories)
-    report = {name: str(value) for name, value in vars(arguments).items()} | {"stories": settings}
-    report["figures"] = figures(sides, groups, rules(GRAMMARS[settings["words"]]))
-    report["transcripts"] = sides
-    report["seconds"] = time.perf_counter() - begun
-    return report
+    found = figures(sides, groups, rules(GRAMMARS[settings["words"]]))
+    seconds = time.perf_counter() - begun
+    return vars(arguments) | dict(
+        stories=settings, figures=found, transcripts=sides, judged_seconds=seconds)
 
 
 def show(report):
@@ -280,8 +262,8 @@ def show(report):
     print(" " * 16 + "".join(f"{side:>14}" for side in figures))
     for name in figures["true"]:
         form = ".0f" if "distinct" in name else ".3f"
-        line = f"  {name[-1]} back" if name[-1].isdigit() else name
-        line = line.ljust(16)
+        label = f"  {name[-1]} back" if name[-1].isdigit() else name
+        line = label.ljust(16)
         for row in figures.values():
             cell = "-"
             if row[name]["cases"]:
@@ -289,8 +271,7 @@ def show(report):
                 cell = f"{row[name]['value']:{form}} ±{(high - low) / 2:{form}}"
             line += cell.rjust(14)
         print(line)
-    print(f"distinct words in {figures['true']['distinct words']['cases']} words; "
-          f"judged in {report['seconds']:.0f} s, generation excluded")
+    print(f"judged in {report['judged_seconds']:.0f} s, generation excluded")
 
 
 def main():
@@ -306,15 +287,13 @@ def main():
     add("--recognizer", default="tiny.en", help="or whisper:NAME_OR_FOLDER [tiny.en]")
     add("--json", type=Path, help="where to keep the report [RUN/words.json]")
     arguments = parser.parse_args()
-    for name in ("minutes", "seconds", "steps"):
+    for name in ("minutes", "seconds", "steps", "cfg"):
         if not 0 < getattr(arguments, name) < math.inf:
             raise UserError(f"--{name} must be more than 0")
-    if not math.isfinite(arguments.cfg):
-        raise UserError("--cfg must be a finite number")
     report = judge(arguments)
     show(report)
     with replacing(arguments.json or arguments.run / "words.json") as temporary:
-        temporary.write_text(json.dumps(report, indent=2) + "\n")
+        temporary.write_text(json.dumps(report, indent=2, default=str))
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def test_stories_hold_only_what_the_grammar_allows(grammar):
 
 
 def test_all_that_is_allowed_is_told(texts):
-    """Few pairs of the exact set are not in a large sample: the set is no wider than the grammar."""
+    """The exact set is no wider than the grammar: a large sample has nearly all of its pairs."""
     more = [" ".join(write_story(GRAMMARS["small"], np.random.default_rng([1, i])))
             for i in range(1500)]
     told = {pair for text in texts + more for pair in words.sequences(text, 2)}
