@@ -20,16 +20,24 @@ LEAST_FRAMES = 83                      # a second, and room to shift it by three
 def seconds_of(mel):
     """Log-mel (B, T, 80) -> (B, W, 320): each second of it in 20 steps and 16 bands, level and
     contrast removed."""
-    mel = mel[:, :mel.shape[1] // 4 * 4].unflatten(1, (-1, 4)).unflatten(3, (16, 5))
+    whole = mel.shape[1] // 4 * 4
+    mel = mel[:, :whole].unflatten(1, (-1, 4))                # (B, T/4, 4, 80)
+    mel = mel.unflatten(3, (16, 5))                           # (B, T/4, 4, 16, 5)
     mel = mel.mean((2, 4))                                    # (B, T/4, 16)
-    seconds = mel.unfold(1, 20, 1).flatten(2)                 # (B, W, 320)
-    return F.normalize(seconds - seconds.mean(2, keepdim=True), dim=2)
+
+    seconds = mel.unfold(1, 20, 1)                            # (B, W, 16, 20)
+    seconds = seconds.flatten(2)                              # (B, W, 320)
+    level = seconds.mean(2, keepdim=True)
+    return F.normalize(seconds - level, dim=2)
 
 
 def middles(clips):
     """Clips (B, T, 80) -> the second in the middle of each, at four shifts: (B, 4, 320)."""
-    middle = max(0, clips.shape[1] // 2 - 42)
-    shifted = [seconds_of(clips[:, middle + i:middle + i + 80]) for i in range(4)]
+    middle = clips.shape[1] // 2 - 42
+    shifted = []
+    for start in range(max(0, middle), max(0, middle) + 4):
+        second = clips[:, start:start + FRAME_RATE]
+        shifted.append(seconds_of(second))
     return torch.cat(shifted, dim=1)
 
 
@@ -37,21 +45,30 @@ def nearest(seconds, pieces):
     """Distance of seconds (B, 4, 320) to the nearest second of log-mels (T, 80): (B,)."""
     best = torch.full(seconds.shape[:2], -1.0)
     for mel in pieces:
-        if len(mel) < 80:
+        if len(mel) < FRAME_RATE:
             continue
-        found = (seconds @ seconds_of(mel[None])[0].T).amax(2)
-        best = torch.maximum(best, found)
-    return (2 - 2 * best.amax(1)).clamp(min=0).sqrt()
+        known = seconds_of(mel[None])[0]                      # (W, 320)
+        cosine = seconds @ known.T                            # (B, 4, W)
+        best = torch.maximum(best, cosine.amax(2))
+    squared = 2 - 2 * best.amax(1)
+    return squared.clamp(min=0).sqrt()
+
+
+def long_runs(corpus):
+    """Runs (shard, start, length) of training speech that last a second at least."""
+    return [run.tolist() for run in corpus.runs["train"] if run[2] >= FRAME_RATE]
 
 
 def training_speech(corpus, frames, seed):
     """Log-mels (T, 80) of about as many frames of training speech, drawn from all over it."""
-    runs = [run for run in corpus.runs["train"] if run[2] >= 80]
-    runs = np.random.default_rng(seed).permutation(runs)
-    before = np.cumsum(runs[:, 2]) - runs[:, 2]
-    for (shard, start, length), done in zip(runs.tolist(), before.tolist()):
-        if done < frames:
-            mel = corpus.shards[shard]["mel"][start:start + int(min(length, frames - done))]
+    runs = long_runs(corpus)
+    np.random.default_rng(seed).shuffle(runs)
+    missing = int(frames)
+    for shard, start, length in runs:
+        length = min(length, missing)
+        missing -= length
+        if length:
+            mel = corpus.shards[shard]["mel"][start:start + length]
             yield torch.from_numpy(mel.astype(np.float32))
 
 
@@ -62,21 +79,31 @@ def memory(corpus, generated, true, heldout=None, hours=10):
     nearer to training speech than to as much of theirs. Flagged if either is more than chance
     allows: three standard deviations, of Mann & Whitney's U and of a share of clips."""
     frames = hours * 3600 * FRAME_RATE
-    pieces = tqdm(training_speech(corpus, frames, 0), desc="looking for copies", leave=False)
-    both = nearest(middles(torch.cat([generated, true])), pieces)
-    near, near_true = both.split((len(generated), len(true)))
+    pieces = training_speech(corpus, frames, 0)
+    pieces = tqdm(pieces, desc="looking for copies", unit="run", leave=False)
+    distances = nearest(middles(torch.cat([generated, true])), pieces)
+    count, count_true = len(generated), len(true)
+    near, near_true = distances.split((count, count_true))
     nearer = float((near[:, None] < near_true).float().mean())
-    sizes = len(near), len(near_true)
-    chance = math.sqrt((sum(sizes) + 1) / (12 * math.prod(sizes)))
-    found = {"generated": float(near.median()), "real": float(near_true.median()),
-             "nearer": nearer, "flagged": nearer > 0.5 + 3 * chance}
+    chance = math.sqrt((count + count_true + 1) / (12 * count * count_true))
+    found = {
+        "generated": float(near.median()),
+        "real": float(near_true.median()),
+        "nearer": nearer,
+        "flagged": nearer > 0.5 + 3 * chance,
+    }
+    if heldout is None:
+        return found
 
-    if heldout is not None:
-        known = sum(run[2] for run in corpus.runs["train"] if run[2] >= 80)
-        clips = heldout[:max(1, int(known / heldout.shape[1]))]
-        seconds = middles(generated)
-        as_much = training_speech(corpus, len(clips) * heldout.shape[1], 1)
-        closer = nearest(seconds, as_much) < nearest(seconds, clips)
-        found["nearer_than_heldout"] = float(closer.float().mean())
-        found["flagged"] |= found["nearer_than_heldout"] > 0.5 + 3 * 0.5 / math.sqrt(len(closer))
+    # As much held-out speech as there is training speech, or as much training speech as held-out.
+    known = sum(length for _, _, length in long_runs(corpus))
+    clips = heldout[:max(1, known // heldout.shape[1])]
+    seconds = middles(generated)
+    to_heldout = nearest(seconds, clips)
+    as_much = training_speech(corpus, clips.shape[0] * clips.shape[1], 1)
+    to_training = nearest(seconds, as_much)
+    share = float((to_training < to_heldout).float().mean())
+    chance = 0.5 / math.sqrt(count)
+    found["nearer_than_heldout"] = share
+    found["flagged"] = found["flagged"] or share > 0.5 + 3 * chance
     return found
