@@ -1,11 +1,12 @@
-"""laws: what a grid of runs says of L(N, D) = E + A / N^alpha + B / D^beta, and what follows from it.
+"""laws: what a grid of runs shows of L(N, D) = E + A / N^alpha + B / D^beta, and what follows.
 
-Fitted as by Hoffmann et al. (2022, approach 3): the Huber loss of log L, which is the log of a sum of exponentials, by
-L-BFGS from the best of many starts. Their published fit stopped too early (Besiroglu et al. 2024); here L-BFGS goes on
-until nothing changes. Inside, all is in natural logarithms, and N and D are measured from the middle of the runs, so
-that the exponents do not drag A and B along.
+The fit is that of Hoffmann et al. (2022, approach 3): the Huber loss of log L, which is the log of
+a sum of exponentials, minimised by L-BFGS from the best of many starts. Their published fit stopped
+too early (Besiroglu et al. 2024); here L-BFGS runs until nothing changes. Inside, all values are
+natural logarithms, and N and D are measured from the middle of the runs, so that a change of the
+exponents does not change A and B as well.
 
-    report = study(*read("runs/iso"))       # or any CSV or JSONL with columns loss and two of N, D, C
+    report = study(*read("runs/iso"))     # or any CSV or JSONL with columns loss and two of N, D, C
 """
 import csv
 import itertools
@@ -20,53 +21,80 @@ import torch
 from cdslm import UserError, reason
 
 DELTA = 1e-3       # where Huber's loss turns from square to straight, in log L
-EPSILON = 0.01     # "flat" is where the loss is at most this share above its best
+EPSILON = 0.01     # N and D may lie where the loss is at most this share above its best
 SAMPLES = 200      # of the bootstrap
+STEEPEST = 10.0    # the largest exponent: steeper fits, of runs that follow no law, overflow
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The table of runs.
 
 def read(path):
-    """A folder of `lab.scaling run`, a CSV or a JSONL -> runs, notes on what was left out. Runs are sorted by C and N:
-    {N, D, C, loss: (n,), group: (n,), which isoFLOP} and, if they are there, pjsd and pjsd_floor (n, K). What is not
-    given of N, D and C follows from C = 6ND."""
+    """A folder of `lab.scaling run`, a CSV or a JSONL -> runs, notes on what was left out.
+
+    Runs are sorted by C and N: {N, D, C, loss: (n,), group: (n,), the number of the budget} and, if
+    they are there, pjsd and pjsd_floor (n, K). A missing N, D or C follows from C = 6ND."""
     path = Path(path)
-    path = path / "runs.jsonl" if path.is_dir() else path
+    if path.is_dir():
+        path = path / "runs.jsonl"
+    rows, columns = read_rows(path)
+    if "loss" not in columns or len({"N", "D", "C"} & columns) < 2:
+        has = ", ".join(sorted(columns)) or "none"
+        raise UserError(f"{path}: needs columns loss and two of N, D, C; has {has}")
+
+    values = [[number(row.get(name)) for name in ("N", "D", "C", "loss")] for row in rows]
+    N, D, C, loss = np.array(values).T
+    with np.errstate(all="ignore"):
+        N, D = np.where(np.isnan(N), C / (6 * D), N), np.where(np.isnan(D), C / (6 * N), D)
+        C = np.where(np.isnan(C), 6 * N * D, C)
+        values = np.stack([N, D, C, loss], axis=1)                            # (n, 4)
+        good = np.isfinite(values).all(1) & (values > 0).all(1)
+    kept, notes = choose(rows, values, good)
+    order = sorted(kept, key=lambda i: (C[i], N[i]))
+    runs = dict(zip(("N", "D", "C", "loss"), values[order].T))
+
+    # A tenth more compute than the run before is another budget.
+    runs["group"] = np.cumsum(np.diff(np.log(runs["C"]), prepend=math.inf) > 0.1)
+    sizes, budgets = len(np.unique(runs["N"])), len(np.unique(runs["group"]))
+    if min(sizes, budgets) < 2 or len(order) < 6:
+        left_out = "".join(f"; {note}" for note in notes)
+        raise UserError(f"{path}: a law takes two sizes, two budgets and six runs; here are "
+                        f"{sizes}, {budgets} and {len(order)} to be used{left_out}")
+
+    if {"pjsd", "pjsd_floor"} <= columns:
+        for name in ("pjsd", "pjsd_floor"):
+            runs[name] = read_metric(path, [rows[i] for i in order], name)
+    return runs, notes
+
+
+def read_rows(path):
+    """A CSV or JSONL -> list of dictionaries, the set of their keys."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()           # Excel writes a mark first
-        rows = [json.loads(line) for line in lines] if path.suffix == ".jsonl" else list(csv.DictReader(lines))
-        columns = set().union(*(row.keys() for row in rows)) - {None}
+        lines = path.read_text(encoding="utf-8-sig").splitlines()             # Excel writes a BOM
+        if path.suffix == ".jsonl":
+            rows = [json.loads(line) for line in lines]
+        else:
+            rows = list(csv.DictReader(lines))
+        return rows, set().union(*(row.keys() for row in rows)) - {None}
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except (ValueError, AttributeError, csv.Error) as error:
         raise UserError(f"{path}: neither CSV nor JSONL ({reason(error)})") from None
-    if "loss" not in columns or len({"N", "D", "C"} & columns) < 2:
-        raise UserError(f"{path}: needs columns loss and two of N, D, C; has {', '.join(sorted(columns)) or 'none'}")
-    N, D, C, loss = np.array([[number(row.get(name)) for name in ("N", "D", "C", "loss")] for row in rows]).T
-    with np.errstate(all="ignore"):
-        N, D = (np.where(np.isnan(x), C / (6 * y), x) for x, y in ((N, D), (D, N)))
-        C = np.where(np.isnan(C), 6 * N * D, C)
-        good = np.isfinite(N * D * C * loss) & (np.minimum.reduce([N, D, C, loss]) > 0)
-    kept, notes = choose(rows, np.stack([N, D, C, loss], 1), good)
-    order = sorted(kept, key=lambda i: (C[i], N[i]))
-    runs = {name: x[order] for name, x in (("N", N), ("D", D), ("C", C), ("loss", loss))}
-    runs["group"] = np.cumsum(np.diff(np.log(runs["C"]), prepend=math.inf) > 0.1)      # a tenth more is another budget
-    sizes, budgets = len(np.unique(runs["N"])), len(np.unique(runs["group"]))
-    if min(sizes, budgets) < 2 or len(order) < 6:
-        raise UserError(f"{path}: a law takes two sizes, two budgets and six runs; here are {sizes}, {budgets} and "
-                        f"{len(order)} to be used{''.join(f'; {note}' for note in notes)}")
+
+
+def read_metric(path, rows, name):
+    """A column of lists, which a CSV holds as text -> (n, K)."""
     try:
-        for name in ("pjsd", "pjsd_floor") if {"pjsd", "pjsd_floor"} <= columns else ():
-            cells = [rows[i][name] if isinstance(rows[i][name], list) else json.loads(rows[i][name]) for i in order]
-            runs[name] = np.array(cells, float).reshape(len(order), -1)
+        cells = [row[name] if isinstance(row[name], list) else json.loads(row[name])
+                 for row in rows]
+        return np.array(cells, float).reshape(len(rows), -1)
     except (ValueError, TypeError, KeyError):
-        raise UserError(f"{path}: pjsd and pjsd_floor must be lists of numbers, as long in every row") from None
-    return runs, notes
+        raise UserError(f"{path}: pjsd and pjsd_floor must be lists of numbers, as long in every "
+                        "row") from None
 
 
 def number(cell):
-    """A cell as a number, NaN if it is none."""
+    """A cell as a number; NaN if it is none."""
     try:
         return float(cell)
     except (TypeError, ValueError):
@@ -74,19 +102,34 @@ def number(cell):
 
 
 def choose(rows, values, good):
-    """Which of the rows count, and notes on the others: a run that is there twice counts as it is there last."""
-    names = "size", "budget", "seed"                              # of a run of `lab.scaling run`
-    ours = all(name in row for name in names for row in rows)
-    last = {tuple(row[name] for name in names) if ours else tuple(map(str, values[i])): i for i, row in enumerate(rows)}
-    notes = [f"{len(rows) - len(last)} rows for runs that have a later row"] * (len(last) < len(rows))
+    """Numbers of the rows that count, and notes on the others. A run with several rows counts as in
+    the last of them."""
+    names = "size", "budget", "seed"                          # of a run of `lab.scaling run`
+    named = all(name in row for name in names for row in rows)
+    last = {}
+    for i, row in enumerate(rows):
+        if named:
+            key = tuple(row[name] for name in names)
+        else:
+            key = tuple(map(str, values[i]))
+        last[key] = i
+
+    kept, notes = [], []
+    if len(last) < len(rows):
+        notes.append(f"{len(rows) - len(last)} rows for runs that have a later row")
     for i in last.values():
-        if not good[i]:
-            name = f"{rows[i]['size']} at {number(rows[i]['budget']):g} FLOPs" if ours else f"row {i + 1}"
-            notes.append(f"{name}: {rows[i].get('error') or 'N, D, C or its loss is not a positive number'}")
-    return [i for i in last.values() if good[i]], notes
+        if good[i]:
+            kept.append(i)
+            continue
+        name = f"row {i + 1}"
+        if named:
+            name = f"{rows[i]['size']} at {number(rows[i]['budget']):g} FLOPs"
+        why = rows[i].get("error") or "N, D, C or its loss is not a positive number"
+        notes.append(f"{name}: {why}")
+    return kept, notes
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The law, and its fit.
 
 @dataclass
@@ -99,10 +142,13 @@ class Law:
     beta: float
 
     def __call__(self, N, D):
-        return self.E + self.A / N ** self.alpha + self.B / D ** self.beta
+        of_size = self.A / N ** self.alpha
+        of_data = self.B / D ** self.beta
+        return self.E + of_size + of_data
 
     def pack(self, x0, y0):
-        """theta (5,): the logs of E, of the other terms at log N = x0, log D = y0, and of the exponents."""
+        """theta (5,): the logs of E, of the other two terms at log N = x0 and log D = y0, and of
+        the exponents."""
         e, a, b, alpha, beta = np.log(astuple(self))
         return torch.tensor([e, a - self.alpha * x0, b - self.beta * y0, alpha, beta])
 
@@ -110,28 +156,40 @@ class Law:
     def unpack(cls, theta, x0, y0):
         """The inverse of `pack`."""
         e, a, b, alpha, beta = theta[:5].tolist()
-        alpha, beta = math.exp(alpha), math.exp(beta)
+        alpha = min(math.exp(alpha), STEEPEST)
+        beta = min(math.exp(beta), STEEPEST)
         return cls(math.exp(e), math.exp(a + alpha * x0), math.exp(b + beta * y0), alpha, beta)
 
 
 def terms(theta, x, y):
-    """Logs (3, ..., n) of the law's terms, by theta (..., 5), at x = log N - x0, y = log D - y0 (n,)."""
-    e, a, b, alpha, beta = theta[..., None].unbind(-2)
-    return torch.stack(torch.broadcast_tensors(e, a - alpha.exp() * x, b - beta.exp() * y))
+    """Logs (3, ..., n) of the law's three terms, for theta (..., 5), at x = log N - x0 (n,) and
+    y = log D - y0 (n,)."""
+    e, a, b, alpha, beta = theta[..., None].unbind(-2)        # (..., 1) each
+    of_size = a - alpha.exp().clamp(max=STEEPEST) * x
+    of_data = b - beta.exp().clamp(max=STEEPEST) * y
+    return torch.stack(torch.broadcast_tensors(e, of_size, of_data))
 
 
 def huber(residual):
     """Huber's loss over DELTA: far from 0, about the absolute value."""
-    return torch.nn.functional.huber_loss(residual, torch.zeros_like(residual), reduction="none", delta=DELTA) / DELTA
+    zeros = torch.zeros_like(residual)
+    loss = torch.nn.functional.huber_loss(residual, zeros, reduction="none", delta=DELTA)
+    return loss / DELTA
 
 
 def minimise(objective, starts):
     """The best theta (n,) that L-BFGS finds from the starts (S, n)."""
-    found = []
+    best, least = None, math.inf
     for start in starts:
         theta = start.clone().requires_grad_()
-        solver = torch.optim.LBFGS([theta], max_iter=1000, max_eval=2000, tolerance_grad=1e-9, tolerance_change=1e-10,
-                                   history_size=20, line_search_fn="strong_wolfe")
+        solver = torch.optim.LBFGS(
+            [theta],
+            max_iter=1000,
+            max_eval=2000,
+            tolerance_grad=1e-9,
+            tolerance_change=1e-10,
+            history_size=20,
+            line_search_fn="strong_wolfe")
 
         def closure(theta=theta, solver=solver):
             solver.zero_grad()
@@ -140,27 +198,36 @@ def minimise(objective, starts):
             return value
 
         solver.step(closure)
-        found.append((objective(theta).nan_to_num(math.inf).item(), theta.detach()))
-    return min(found, key=lambda pair: pair[0])[1]
+        value = objective(theta).nan_to_num(math.inf).item()
+        if best is None or value < least:
+            best, least = theta.detach(), value
+    return best
 
 
 def middle(N, D):
-    """log N and log D (n,) from their means; the means."""
+    """log N and log D (n,) minus their means; the means."""
     x, y = torch.tensor(np.log(N)), torch.tensor(np.log(D))
     return x - x.mean(), y - y.mean(), (float(x.mean()), float(y.mean()))
 
 
 def fit(N, D, loss, weight=None, start=None):
-    """The Law of runs (n,), each counted `weight` times: from the 8 likeliest of 1600 starts, or from a Law near it."""
-    (x, y, centre), z = middle(N, D), torch.tensor(np.log(loss))
-    weight = torch.ones_like(z) if weight is None else torch.tensor(weight, dtype=torch.float64)
+    """The Law of runs (n,), each counted `weight` times. L-BFGS begins at the 8 best of 1,600
+    starts, or at `start`, a Law near the result."""
+    x, y, centre = middle(N, D)
+    z = torch.tensor(np.log(loss))
+    if weight is None:
+        weight = np.ones(len(z))
+    weight = torch.tensor(weight, dtype=torch.float64)
 
     def objective(theta):
-        return (weight * huber(terms(theta, x, y).logsumexp(0) - z)).sum(-1) / weight.sum()
+        residual = terms(theta, x, y).logsumexp(0) - z
+        return (weight * huber(residual)).sum(-1) / weight.sum()
 
     if start is None:
-        shares, exponents = np.log([0.03, 0.1, 0.3, 0.8]), np.log([0.1, 0.2, 0.35, 0.6, 1.0])
-        corners = torch.tensor(list(itertools.product(shares, shares, shares, exponents, exponents)))
+        shares = np.log([0.03, 0.1, 0.3, 0.8])
+        exponents = np.log([0.1, 0.2, 0.35, 0.6, 1.0])
+        corners = itertools.product(shares, shares, shares, exponents, exponents)
+        corners = torch.tensor(list(corners))                                 # (1600, 5)
         corners[:, :3] += z.mean()
         starts = corners[objective(corners).argsort()[:8]]
     else:
@@ -168,202 +235,308 @@ def fit(N, D, loss, weight=None, start=None):
     return Law.unpack(minimise(objective, starts), *centre)
 
 
+def members(runs):
+    """The numbers of the runs of each budget."""
+    return [np.flatnonzero(runs["group"] == group) for group in np.unique(runs["group"])]
+
+
 def resample(law, runs):
-    """Laws of bootstrap samples: of each isoFLOP's runs as many are drawn as it has, with replacement; or of all runs,
-    if an isoFLOP has fewer than three."""
-    rng, members = np.random.default_rng(0), [np.flatnonzero(runs["group"] == g) for g in np.unique(runs["group"])]
-    if min(map(len, members)) < 3:
-        members = [np.arange(len(runs["N"]))]
+    """Laws of bootstrap samples. Each draws from every budget as many runs as it has, with
+    replacement; or from all runs together, if a budget has fewer than three."""
+    rng = np.random.default_rng(0)
+    count = len(runs["N"])
+    groups = members(runs)
+    if min(map(len, groups)) < 3:
+        groups = [np.arange(count)]
     for _ in range(SAMPLES):
-        drawn = np.concatenate([rng.choice(group, len(group)) for group in members])
-        yield fit(runs["N"], runs["D"], runs["loss"], np.bincount(drawn, minlength=len(runs["N"])), law)
+        drawn = np.concatenate([rng.choice(group, len(group)) for group in groups])
+        weight = np.bincount(drawn, minlength=count)
+        yield fit(runs["N"], runs["D"], runs["loss"], weight, law)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What follows: the best use of a budget.
 
 def cost(N, D, C):
-    """(k, p) of C = k N^p D, by least squares of the logs: (6, 1) where C is 6ND; exact FLOPs differ a little."""
+    """(k, p) of C = k N^p D, by least squares of the logs: (6, 1) where C is 6ND; exact FLOPs
+    differ a little."""
     p, k = np.polyfit(np.log(N), np.log(C / D), 1)
     return math.exp(k), float(p)
 
 
 def optimum(law, C, k=6.0, p=1.0):
-    """The best use of C FLOPs = k N^p D: N, D, r = D/N, the loss there, kappa = d2 ln L / d(ln N)2 along the isoFLOP,
-    and the ranges of N and D in which the loss is at most EPSILON above its best."""
-    b = p * law.beta                                              # along the isoFLOP, D falls as N^-p
-    N = float(law.alpha * law.A / (b * law.B) * (C / k) ** law.beta) ** (1 / (law.alpha + b))
+    """The best use of C FLOPs = k N^p D: N, D, r = D/N, the loss there, kappa = d2 ln L / d(ln N)2
+    along the isoFLOP curve, and the ranges of N and D in which the loss is at most EPSILON above
+    its best."""
+    b = p * law.beta                                          # along the curve, D falls as N^-p
+    ratio = law.alpha * law.A / (b * law.B)
+    N = float(ratio * (C / k) ** law.beta) ** (1 / (law.alpha + b))
     D = C / (k * N ** p)
-    best, slope = law(N, D), law.alpha * law.A / N ** law.alpha   # of L over ln N: one term falls as the other rises
+
+    # Where one term falls as fast as the other rises. `slope` is the fall over ln N.
+    best = law(N, D)
+    slope = law.alpha * law.A / N ** law.alpha
+    kappa = slope * (law.alpha + b) / best
+
     u = np.linspace(-20, 20, 20_001)
     with np.errstate(over="ignore"):
-        flat = u[law(N * np.exp(u), D * np.exp(-p * u)) <= (1 + EPSILON) * best][[0, -1]]
-    return {"C": C, "N": N, "D": D, "r": D / N, "loss": best, "kappa": slope * (law.alpha + b) / best,
-            "N_range": (N * np.exp(flat)).tolist(), "D_range": (D * np.exp(-p * flat[::-1])).tolist()}
+        loss = law(N * np.exp(u), D * np.exp(-p * u))
+    flat = u[loss <= (1 + EPSILON) * best][[0, -1]]           # the ends, (2,)
+    return {
+        "C": C,
+        "N": N,
+        "D": D,
+        "r": D / N,
+        "loss": best,
+        "kappa": kappa,
+        "N_range": (N * np.exp(flat)).tolist(),
+        "D_range": (D * np.exp(-p * flat[::-1])).tolist(),
+    }
 
 
 def trends(law, first, last, k, p):
-    """Exponents in C: of N*, D* and r* = D*/N* for exact FLOPs, of N* for C = 6ND; of kappa, between two budgets."""
-    total, ends = law.alpha + p * law.beta, [optimum(law, C, k, p)["kappa"] for C in (first, last)]
-    return {"N_exponent": law.beta / total, "D_exponent": law.alpha / total,
-            "r_exponent": (law.alpha - law.beta) / total, "N_exponent_6ND": law.beta / (law.alpha + law.beta),
-            "kappa_exponent": math.log(ends[1] / ends[0]) / math.log(last / first)}
+    """Exponents in C: of N*, D* and r* = D*/N* for exact FLOPs, of N* for C = 6ND, and of kappa
+    between two budgets."""
+    total = law.alpha + p * law.beta
+    before = optimum(law, first, k, p)["kappa"]
+    after = optimum(law, last, k, p)["kappa"]
+    return {
+        "N_exponent": law.beta / total,
+        "D_exponent": law.alpha / total,
+        "r_exponent": (law.alpha - law.beta) / total,
+        "N_exponent_6ND": law.beta / (law.alpha + law.beta),
+        "kappa_exponent": math.log(after / before) / math.log(last / first),
+    }
 
 
 def parabola(N, loss):
-    """The cross-check: N and kappa of the parabola through one isoFLOP's ln L over ln N; NaN where it has no bottom."""
+    """A check of the law: N and kappa of the parabola through one budget's ln L over ln N; N is NaN
+    where the parabola has no lowest point."""
     x = np.log(N)
     if len(np.unique(N)) < 3:
         return {"N": math.nan, "kappa": math.nan}
     a, b, _ = np.polyfit(x - x.mean(), np.log(loss), 2)
-    return {"N": math.exp(x.mean() - b / (2 * a)) if a > 0 else math.nan, "kappa": float(2 * a)}
+    lowest = math.exp(x.mean() - b / (2 * a)) if a > 0 else math.nan
+    return {"N": lowest, "kappa": float(2 * a)}
 
 
 def edge(N, loss, best, sizes):
-    """Why the optimum of an isoFLOP is only a bound: "low" or "high", the end of its sizes at which it lies; or None.
-    N*, by the law, must be among the sizes, and no end may have the lowest loss. A lone run has no ends: then N* must
-    be among the `sizes` of all runs."""
-    lone = len(np.unique(N)) == 1
-    N, lowest = (sizes, best) if lone else (N, N[loss.argmin()])
+    """Why the optimum `best` of a budget is only a bound: "low" or "high", the end of its sizes at
+    which it lies; or None. The optimum of the law must lie between the sizes, and neither end may
+    have the lowest loss. A budget of one run has no ends: there the `sizes` of all runs count."""
+    lowest = N[loss.argmin()]
+    if len(np.unique(N)) == 1:
+        N, lowest = sizes, best
     if best <= N.min() or lowest == N.min():
         return "low"
     return "high" if best >= N.max() or lowest == N.max() else None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # A metric that follows the loss.
 
 def metric_terms(theta, x, y, floor):
-    """log L (n,) and the metrics (n, K), as `fuse` has them; theta (5 + 2K,), floor (n, K)."""
-    log, (a, b) = terms(theta[:5], x, y), theta[5:].reshape(2, -1)
-    share = -torch.expm1(-torch.exp(a + b.exp() * log[1:].logsumexp(0)[:, None]))
-    return log.logsumexp(0), floor + (1 - floor) * share
+    """log L (n,) and the metrics (n, K) as in `fuse`, for theta (5 + 2K,), floor (n, K)."""
+    logs = terms(theta[:5], x, y)                                             # (3, n)
+    a, b = theta[5:].reshape(2, -1)                                           # (K,) each
+    excess = logs[1:].logsumexp(0)[:, None]                                   # log (L - E), (n, 1)
+    share = -torch.expm1(-torch.exp(a + b.exp() * excess))
+    return logs.logsumexp(0), floor + (1 - floor) * share
 
 
 def fuse(law, runs):
-    """Fit the law and the metrics that follow its loss together: metric = floor + (1 - floor) (1 - exp(-a x^b)) with
-    x = L - E: near the floor that is floor + a x^b, and like any divergence it ends at 1. Each output has noise of its
-    own, unknown size, so what is least is the sum of the logs of their mean Huber losses: the likelihood of Laplace
-    noise, its size profiled out. Returns predict(N, D) -> loss (n,), metrics (n, K), by the mean floor; a, b (K,)."""
-    (x, y, centre), z = middle(runs["N"], runs["D"]), torch.tensor(np.log(runs["loss"]))
-    metric, floor = torch.tensor(runs["pjsd"]), torch.tensor(runs["pjsd_floor"]).nan_to_num(0)
-    known = metric.isfinite()                                     # what said too little was not judged
+    """Fit the law together with the metrics that follow its loss:
+    metric = floor + (1 - floor) (1 - exp(-a x^b)) with x = L - E. Near the floor this is
+    floor + a x^b, and it ends at 1 as any divergence does.
+
+    Each output has its own noise of unknown size, so the objective is the sum of the logs of the
+    mean Huber losses: the likelihood of Laplace noise whose size is fitted as well. Returns
+    predict(N, D) -> loss (n,), metrics (n, K) at the mean floor; and a, b (K,)."""
+    x, y, centre = middle(runs["N"], runs["D"])
+    z = torch.tensor(np.log(runs["loss"]))
+    metric = torch.tensor(runs["pjsd"])
+    floor = torch.tensor(runs["pjsd_floor"]).nan_to_num(0)
+    known = metric.isfinite()                                 # too little speech has no pJSD
 
     def objective(theta):
-        loss, guess = metric_terms(theta, x, y, floor)
-        left = torch.where(known, huber((guess / metric.nan_to_num(1)).log()), 0).sum(0) / known.sum(0).clamp(min=1)
-        return (torch.cat([huber(loss - z).mean()[None], left]) + 1e-4).log().mean()  # a ten-thousandth is good enough
+        loss, predicted = metric_terms(theta, x, y, floor)
+        residual = (predicted / metric.nan_to_num(1)).log()                   # (n, K)
+        off = torch.where(known, huber(residual), 0)
+        off = off.sum(0) / known.sum(0).clamp(min=1)                          # (K,)
+        means = torch.cat([huber(loss - z).mean()[None], off])
+        return (means + 1e-4).log().mean()                    # an error of 1e-4 is small enough
 
+    # Starts: several b, each with the a that fits the runs best.
     excess = np.log(law(runs["N"], runs["D"]) - law.E)
-    share = ((metric - floor) / (1 - floor)).clamp(1e-3, 1 - 1e-3)
+    excess = torch.tensor(excess)[:, None]                                    # (n, 1)
+    share = (metric - floor) / (1 - floor)
+    share = share.clamp(1e-3, 1 - 1e-3)                                       # (n, K)
     starts = []
     for b in (0.3, 0.6, 1.0, 1.6):
-        a = ((-torch.log1p(-share)).log() - b * torch.tensor(excess)[:, None]).nanmedian(0).values.nan_to_num(0)
-        starts.append(torch.cat([law.pack(*centre), a, torch.full_like(a, math.log(b))]))
+        a = (-torch.log1p(-share)).log() - b * excess
+        a = a.nanmedian(0).values.nan_to_num(0)
+        exponents = torch.full_like(a, math.log(b))
+        starts.append(torch.cat([law.pack(*centre), a, exponents]))
     theta = minimise(objective, starts)
 
     def predict(N, D):
-        x, y = (torch.tensor(np.log(values) - mean) for values, mean in zip((N, D), centre))
-        loss, guess = metric_terms(theta, x, y, floor.mean(0))
-        return loss.exp().numpy(), guess.numpy()
+        x = torch.tensor(np.log(N) - centre[0])
+        y = torch.tensor(np.log(D) - centre[1])
+        loss, predicted = metric_terms(theta, x, y, floor.mean(0))
+        return loss.exp().numpy(), predicted.numpy()
     return predict, theta[5:].exp().reshape(2, -1).tolist()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The report.
 
-def spread(figures):
-    """Dictionaries of figures, one a bootstrap sample -> {name: its 95 % interval}."""
-    return {name: np.nanquantile([row[name] for row in figures], [0.025, 0.975]).tolist()
-            for name, value in figures[0].items() if isinstance(value, float) and name != "C"}
+def intervals(samples):
+    """Dictionaries of figures, one per bootstrap sample -> {name: 95 % interval}."""
+    found = {}
+    for name, value in samples[0].items():
+        if isinstance(value, float) and name != "C":
+            values = [sample[name] for sample in samples]
+            found[name] = np.nanquantile(values, [0.025, 0.975]).tolist()
+    return found
 
 
 def seeds(runs):
-    """Deviation of what differs in the seed alone, ln L and the metrics (K,); None if there is no such pair."""
-    pairs = [np.flatnonzero((runs["N"] == N) & (runs["D"] == D)) for N, D in {*zip(runs["N"], runs["D"])}]
-    pairs = [pair for pair in pairs if len(pair) > 1]
+    """Standard deviation, over runs that differ only in the seed, of ln L and of the metrics (K,);
+    None without such runs."""
+    pairs = []
+    for N, D in {*zip(runs["N"], runs["D"])}:
+        same = np.flatnonzero((runs["N"] == N) & (runs["D"] == D))
+        if len(same) > 1:
+            pairs.append(same)
     if not pairs:
         return None
-    values = {"log_loss": np.log(runs["loss"])} | {name: runs[name] for name in ("pjsd",) if name in runs}
-    return {name: np.sqrt(np.mean([np.var(x[pair], axis=0, ddof=1) for pair in pairs], axis=0)).tolist()
-            for name, x in values.items()}
+    values = {"log_loss": np.log(runs["loss"])}
+    if "pjsd" in runs:
+        values["pjsd"] = runs["pjsd"]
+    found = {}
+    for name, x in values.items():
+        variances = [np.var(x[pair], axis=0, ddof=1) for pair in pairs]
+        found[name] = np.sqrt(np.mean(variances, axis=0)).tolist()
+    return found
 
 
 def held_out(runs):
-    """The largest budget predicted from the others: mean error of the loss, as a share of it, and of the metrics."""
+    """The largest budget predicted from the others: mean relative error of the loss, mean error of
+    the metrics."""
+    report = {
+        "heldout_error": math.nan,
+        "heldout_error_fused": math.nan,
+        "heldout_pjsd": [math.nan] * 5,
+    }
     last = runs["group"] == runs["group"][-1]
-    early, late = ({name: values[which] for name, values in runs.items()} for which in (~last, last))
-    report = {"heldout_error": math.nan, "heldout_error_fused": math.nan, "heldout_pjsd": [math.nan] * 5}
-    if len(np.unique(early["N"])) < 2 or len(np.unique(early["group"])) < 2 or len(early["N"]) < 6:
+    early = {name: values[~last] for name, values in runs.items()}
+    late = {name: values[last] for name, values in runs.items()}
+    sizes, budgets = len(np.unique(early["N"])), len(np.unique(early["group"]))
+    if min(sizes, budgets) < 2 or len(early["N"]) < 6:
         return report
+
     law = fit(early["N"], early["D"], early["loss"])
-    report["heldout_error"] = float(np.abs(law(late["N"], late["D"]) / late["loss"] - 1).mean())
+    ratio = law(late["N"], late["D"]) / late["loss"]
+    report["heldout_error"] = float(np.abs(ratio - 1).mean())
     if "pjsd" in runs:
-        loss, metric = fuse(law, early)[0](late["N"], late["D"])
+        predict, _ = fuse(law, early)
+        loss, metric = predict(late["N"], late["D"])
         report["heldout_error_fused"] = float(np.abs(loss / late["loss"] - 1).mean())
-        report["heldout_pjsd"] = torch.tensor(metric - late["pjsd"]).abs().nanmean(0).tolist()
+        errors = torch.tensor(metric - late["pjsd"]).abs()
+        report["heldout_pjsd"] = errors.nanmean(0).tolist()
     return report
 
 
 def study(runs, notes):
-    """Everything that the runs say, as `lab.scaling fit --json` writes it."""
+    """All that the runs show, as `lab.scaling fit --json` writes it."""
     N, D, C, loss = (runs[name] for name in ("N", "D", "C", "loss"))
-    members = [np.flatnonzero(runs["group"] == group) for group in np.unique(runs["group"])]
-    budgets, (k, p), law = [float(np.exp(np.log(C[i]).mean())) for i in members], cost(N, D, C), fit(N, D, loss)
+    groups = members(runs)
+    budgets = [float(np.exp(np.log(C[group]).mean())) for group in groups]
+    k, p = cost(N, D, C)
+    law = fit(N, D, loss)
     laws = [law, *resample(law, runs)]
-    facts = [vars(one) | trends(one, budgets[0], budgets[-1], k, p) for one in laws]
-    report = facts[0] | {"interval": spread(facts[1:]), "runs": len(N), "epsilon": EPSILON, "cost": {"k": k, "p": p},
-                         "seeds": seeds(runs), "excluded": notes, "warnings": [], "budgets": []}
-    for budget, i in zip(budgets, members):
-        best = [optimum(one, budget, k, p) for one in laws]
-        report["budgets"].append(best[0] | {"interval": spread(best[1:]), "parabola": parabola(N[i], loss[i]),
-                                            "edge": edge(N[i], loss[i], best[0]["N"], N)})
-        if end := report["budgets"][-1]["edge"]:
+
+    found = [vars(one) | trends(one, budgets[0], budgets[-1], k, p) for one in laws]
+    report = found[0] | {
+        "interval": intervals(found[1:]),
+        "runs": len(N),
+        "epsilon": EPSILON,
+        "cost": {"k": k, "p": p},
+        "seeds": seeds(runs),
+        "excluded": notes,
+        "warnings": [],
+        "budgets": [],
+    }
+    for budget, group in zip(budgets, groups):
+        best, *samples = [optimum(one, budget, k, p) for one in laws]
+        end = edge(N[group], loss[group], best["N"], N)
+        best["interval"] = intervals(samples)
+        best["parabola"] = parabola(N[group], loss[group])
+        best["edge"] = end
+        report["budgets"].append(best)
+        if end:
             side, bound = {"low": ("smallest", "most"), "high": ("largest", "least")}[end]
-            report["warnings"].append(f"at {budget:.3g} FLOPs the optimum lies at the {side} size: N* is at {bound} "
-                                      "that, and r* is a bound too, no finding; train more sizes there")
+            report["warnings"].append(
+                f"at {budget:.3g} FLOPs the optimum lies at the {side} size: N* is at {bound} "
+                "that, and r* is a bound too, no finding; train more sizes there")
+
     if "pjsd" in runs:
         predict, (a, b) = fuse(law, runs)
         report["pjsd"] = {"a": a, "b": b}
         for row in report["budgets"]:
-            row["pjsd"] = predict(np.array([row["N"]]), np.array([row["D"]]))[1][0].tolist()
+            _, metric = predict(np.array([row["N"]]), np.array([row["D"]]))
+            row["pjsd"] = metric[0].tolist()
     return report | held_out(runs)
+
+
+def within(row, name, form=".3g"):
+    """A figure with its interval, as text."""
+    low, high = row["interval"][name]
+    return f"{row[name]:{form}} [{low:.2g}, {high:.2g}]"
 
 
 def page(report):
     """Print a report."""
-    def within(row, name, form=".3g"):
-        low, high = row["interval"][name]
-        return f"{row[name]:{form}} [{low:.2g}, {high:.2g}]"
+    print(f"L = E + A / N^alpha + B / D^beta of {report['runs']} runs [95 % of {SAMPLES} bootstrap "
+          "samples]")
+    for name in ("E", "A", "B", "alpha", "beta"):
+        print(f"{name:>6}  {within(report, name, '.4g')}")
+    print("along C = {k:.3g} N^{p:.3f} D, the compute of these runs, the exponents of C are"
+          .format(**report["cost"]))
+    for title, name in (("N*", "N"), ("D*", "D"), ("r*", "r"), ("kappa ", "kappa")):
+        print(f"{title:>7} {within(report, name + '_exponent')}")
+    print(f"and along C = 6ND, of N*, {within(report, 'N_exponent_6ND')}\n")
 
+    page_of_budgets(report["budgets"], report["epsilon"])
+    print("kappa: d2 ln L / d(ln N)2 along the isoFLOP curve; N and D: where the loss is within so "
+          "much of its lowest\n")
+
+    print("the largest budget, predicted from the others (nan: too few): loss "
+          f"{report['heldout_error']:.2%} off")
+    if "pjsd" in report:
+        print("pJSD = floor + (1 - floor) (1 - exp(-a (L - E)^b)), fitted together with the law; "
+              f"predicted likewise: loss {report['heldout_error_fused']:.2%} off")
+        rows = zip(report["pjsd"]["a"], report["pjsd"]["b"], report["heldout_pjsd"])
+        for n, (a, b, error) in enumerate(rows, 1):
+            print(f"  n = {n}: a {a:.3g}, b {b:.3g}; predicted {error:.3f} bits off")
+    if report["seeds"]:
+        pjsd = ", ".join(f"{x:.4f}" for x in report["seeds"].get("pjsd", ()))
+        print("two seeds differ: standard deviation of ln L "
+              f"{report['seeds']['log_loss']:.4f}, of pJSD {pjsd}")
+    for note in report["excluded"] + report["warnings"]:
+        print(note)
+
+
+def page_of_budgets(budgets, epsilon):
+    """Print the optimum of each budget, a column each."""
     def line(name, cells):
         print(f"{name:<16}" + "".join(f"{cell:>28}" for cell in cells))
 
-    print(f"L = E + A / N^alpha + B / D^beta of {report['runs']} runs [95 % of {SAMPLES} bootstrap samples]")
-    for name in ("E", "A", "B", "alpha", "beta"):
-        print(f"{name:>6}  {within(report, name, '.4g')}")
-    print("along C = {k:.3g} N^{p:.3f} D, the compute of these runs, the exponents of C are".format(**report["cost"]))
-    for name in ("N", "D", "r", "kappa"):
-        print(f"{name:>6}{' ' if name == 'kappa' else '*'} {within(report, name + '_exponent')}")
-    print(f"and along C = 6ND, of N*, {within(report, 'N_exponent_6ND')}\n")
-    rows = report["budgets"]
-    line("C, FLOPs", [f"{row['C']:.3g}" for row in rows])
+    line("C, FLOPs", [f"{row['C']:.3g}" for row in budgets])
     for name, text in (("N", "N*"), ("D", "D*, tokens"), ("r", "r* = D*/N*"), ("kappa", "kappa")):
-        line(text, [within(row, name) for row in rows])
+        line(text, [within(row, name) for row in budgets])
     for name in "ND":
-        ranges = ["{:.3g} to {:.3g}".format(*row[f"{name}_range"]) for row in rows]
-        line(f"{name} within {report['epsilon']:.0%}", ranges)
+        ranges = ["{:.3g} to {:.3g}".format(*row[f"{name}_range"]) for row in budgets]
+        line(f"{name} within {epsilon:.0%}", ranges)
     for name in ("N", "kappa"):
-        line(f"parabola: {name}", [f"{row['parabola'][name]:.3g}" for row in rows])
-    print("kappa: d2 ln L / d(ln N)2 along the isoFLOP; N and D: where the loss is within so much of its lowest\n\n"
-          f"the largest budget, predicted from the others (nan: too few): loss {report['heldout_error']:.2%} off")
-    if "pjsd" in report:
-        print("pJSD = floor + (1 - floor) (1 - exp(-a (L - E)^b)), fitted together with the law; predicted likewise: "
-              f"loss {report['heldout_error_fused']:.2%} off")
-        for n, row in enumerate(zip(*report["pjsd"].values(), report["heldout_pjsd"]), 1):
-            print("  n = {}: a {:.3g}, b {:.3g}; predicted {:.3f} bits off".format(n, *row))
-    if report["seeds"]:
-        print(f"two seeds differ: deviation of ln L {report['seeds']['log_loss']:.4f}, of pJSD "
-              + ", ".join(f"{x:.4f}" for x in report["seeds"].get("pjsd", ())))
-    for note in report["excluded"] + report["warnings"]:
-        print(note)
+        line(f"parabola: {name}", [f"{row['parabola'][name]:.3g}" for row in budgets])

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from lab import laws
-from lab import scaling
+import cdslm
 from cdslm import Trainer, UserError, load_run
+from lab import laws, scaling
 from lab.laws import Law, edge, fit, fuse, optimum, parabola, read, study
 from lab.listener import Listener
 from tests.conftest import SMALL, command, flags
@@ -464,7 +464,7 @@ def test_a_job_trains_its_part(go, straight, tmp_path):
 
 def test_each_budget_trains_the_sizes_next_to_its_guess():
     arguments, words = scaling.parse(["run", "--budgets", "1e12,1e14,1e13"])
-    runs = scaling.plan(arguments, scaling.cdslm.parse(scaling.STUDY + words))
+    runs = scaling.plan(arguments, cdslm.parse(scaling.STUDY + words))
     for budget, seeds in ((1e12, 1), (1e13, 2), (1e14, 1)):
         mine = [config for size, C, config in runs if C == budget]
         sizes = [scaling.count(config)["parameters"] for config in mine[:5]]
@@ -487,8 +487,8 @@ def test_other_speech_is_judged_from_its_sound(monkeypatch, small):
     (["--budgets", "1e6"], "too few to mean anything"), (["--budgets", "-1"], "invalid numbers value"),
     (["--budgets", "1e9,many"], "invalid numbers value"), (["--sizes", "2"], "invalid shapes value"),
     (["--sizes", "1x100"], "multiple of 64"), (["--each", "0"], "--each must be at least 1"),
-    (["--minutes", "nan"], "--minutes more than 0"), (["--repeat", "5"], "--repeat of --budgets"),
-    (["--only", "9x9"], "--only of --sizes"), (["--nonsense"], "--nonsense"),
+    (["--minutes", "nan"], "--minutes more than 0"), (["--repeat", "5"], "--repeat must be one of"),
+    (["--only", "9x9"], "--only some of --sizes"), (["--nonsense"], "--nonsense"),
 ])
 def test_a_grid_that_makes_no_sense_is_refused(go, tmp_path, words, message):
     with pytest.raises(UserError, match=message):
@@ -502,9 +502,10 @@ def test_a_dry_run_says_how_long_and_does_nothing(go, tmp_path, capsys):
 
 
 def test_torchrun_is_for_cdslm(go, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="torchrun cdslm.py"):
-        go("--out", tmp_path / "runs")
-    monkeypatch.delenv("WORLD_SIZE")
+    with monkeypatch.context() as patch:
+        for name, value in dict(RANK=0, WORLD_SIZE=2, MASTER_ADDR="here", MASTER_PORT=1).items():
+            patch.setenv(name, str(value))
+        with pytest.raises(UserError, match="torchrun cdslm.py"):
+            go("--out", tmp_path / "runs")
     with pytest.raises(UserError, match="torchrun cdslm.py"):
         go("--out", tmp_path / "runs", "--parallel", "fsdp")
