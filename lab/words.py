@@ -13,7 +13,7 @@ Beside them stand texts of word n-gram models of the stories. Intervals (95 %) r
     pronoun          share of he, his, him, she, her that fit the name mentioned last
     name, animal, thing, place    share that is the same as the one mentioned last
       1 back         the same, when it was mentioned one sentence back (3: three or more)
-    distinct words, distinct pairs    different ones in the same amount of text
+    distinct words, distinct pairs    different allowed ones in the same amount of text
 """
 import collections
 import json
@@ -110,13 +110,13 @@ def share(counts, groups):
     return {"value": right / total, "interval": interval, "cases": int(total)}
 
 
-def distinct(clips, amount):
-    """How many different grams the first `amount` of some clips hold, over orders of the clips."""
+def distinct(clips, amount, right):
+    """How many of the n-grams `right` the first `amount` of some clips hold: mean over orders."""
     rng, counts = np.random.default_rng(0), []
     for _ in range(100):
         order = rng.permutation(len(clips))
         mixed = [gram for i in order for gram in clips[i]]
-        counts.append(len(set(mixed[:amount])))
+        counts.append(len(right.intersection(mixed[:amount])))
     interval = np.percentile(counts, (2.5, 97.5)).tolist()
     return {"value": np.mean(counts), "interval": interval, "cases": amount}
 
@@ -133,18 +133,18 @@ def figures(sides, groups, rules):
         sizes = [sum(map(len, side)) for side in clips.values()]
         amount = min(filter(None, sizes), default=0) // 2
         for side in sides:
-            report[side][name] = distinct(clips[side], amount)
+            report[side][name] = distinct(clips[side], amount, rules["grams"][n - 1])
     return report
 
 
 def babble(stories, n, length, count):
     """`count` texts of a word n-gram model of `stories`, each of `length` words and full stops."""
-    rng, stories = np.random.default_rng(n), [tokens(story) for story in stories]
+    rng = np.random.default_rng(n)
+    stories = [tokens(story) for story in stories]
     followers = collections.defaultdict(list)
     for words in stories:
         for at in range(n - 1, len(words)):
             followers[tuple(words[at - n + 1:at])].append(words[at])
-
     texts = []
     for _ in range(count):
         words = []
@@ -188,10 +188,10 @@ def recogniser(name):
     return hear
 
 
-def transcribe(hear, waves, name):
+def transcribe(hear, waves):
     """Sounds (B, N) -> B texts, on all cores."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(tqdm(pool.map(hear, waves), f"transcribing {name}", len(waves)))
+        return list(tqdm(pool.map(hear, waves), "transcribing", len(waves)))
 
 
 # 3. A run.
@@ -245,7 +245,7 @@ def judge(arguments):
     sounds = speak(arguments, waves, config, model, autoencoder)
     begun = time.perf_counter()
     texts = [line["text"] for line in read_truth(folder).values()]
-    sides = {side: transcribe(hear, waves, side) for side, waves in sounds.items()}
+    sides = {side: transcribe(hear, waves) for side, waves in sounds.items()}
     length = round(np.mean([len(tokens(text)) for text in sides["true"]]))
     for n, name in enumerate(("unigram", "bigram", "trigram"), 1):
         sides[name] = babble(texts, n, length, count)
