@@ -56,7 +56,8 @@ def jsd(p, q):
     if not (p.sum() and q.sum()):
         return math.nan
     p, q = p / p.sum(), q / q.sum()
-    return float(np.clip(entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2, 0, 1))
+    divergence = entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2
+    return float(np.clip(divergence, 0, 1))
 
 
 def tabulate(n, *corpora):
@@ -115,12 +116,12 @@ def compare_ngrams(n, corpora, lengths, phones, aside, splits):
         sides = (generated(draw(rng, lengths[0], phones)), reference(held),
                  true(draw(rng, lengths[2], phones)))
         values.append([jsd(side, rest) for side in sides])
-    value, floor, ceiling = np.mean(values, 0)
+    value, floor, ceiling = np.mean(values, axis=0)
 
     counts = len(corpora[0]), len(corpora[1])
     all_generated, all_reference = generated(lengths[0] >= 0), reference(lengths[1] >= 0)
-    bias, variance = jackknife(generated, all_reference, counts[0])
-    bias, variance = (bias, variance) + jackknife(reference, all_generated, counts[1])
+    bias, variance = (jackknife(generated, all_reference, counts[0])
+                      + jackknife(reference, all_generated, counts[1]))
     half = reach(variance, min(BLOCKS, *counts))
     return {
         "pjsd": value, "floor": floor, "floor_sd": np.std(values, 0)[1], "true": ceiling,
@@ -243,7 +244,8 @@ def judge_run(arguments):
     count = max(1, round(arguments.minutes * 60 * FRAME_RATE / m))
     toy = ToySpeech(config.toy_languages, config.toy_words) if config.data == "toy" else None
     name = arguments.recognizer or ("toy" if toy else "hama")
-    if toy and name != "toy" or not toy and (arguments.decided or name == "text"):
+    allowed = name == "toy" if toy else name != "text" and not arguments.decided
+    if not allowed:
         raise UserError("a toy run is judged by the toy recogniser, any other by any but text and "
                         "without --decided")
 

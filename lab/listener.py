@@ -86,10 +86,17 @@ def runs_of(frames, numbers):
 def spans(frames):
     """Phone numbers (T,) -> [[phone, first frame, last frame + 1]], no pauses, nothing shorter than
     a phone."""
-    runs = runs_of(frames, range(len(frames)))
-    lasting = [t for run in runs if len(run) >= SHORTEST for t in run]
-    runs = runs_of(frames, lasting)
-    return [[int(frames[run[0]]), run[0], run[-1] + 1] for run in runs if frames[run[0]]]
+    lasting = []
+    for run in runs_of(frames, range(len(frames))):
+        if len(run) >= SHORTEST:
+            lasting += run
+
+    found = []
+    for run in runs_of(frames, lasting):
+        phone = int(frames[run[0]])
+        if phone:
+            found.append([phone, run[0], run[-1] + 1])
+    return found
 
 
 def batched(work, x, desc=None, size=8):
@@ -107,12 +114,13 @@ def speak(toy, first, count, frames, desc, context=0):
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = pool.map(utter, range(first, first + count))
         spoken = list(tqdm(jobs, total=count, desc=desc, unit="clip", leave=False))
-    waves = torch.from_numpy(np.stack([u.wave[LEAD * HOP:] for u in spoken]))
+    waves = np.stack([u.wave[LEAD * HOP:] for u in spoken])
+    start = LEAD + context
     for u in spoken:
-        u.phone = u.phone[LEAD + context:]
-        u.word = u.word[LEAD + context:]
-        u.f0 = u.f0[LEAD + context:]
-    return waves, spoken
+        u.phone = u.phone[start:]
+        u.word = u.word[start:]
+        u.f0 = u.f0[start:]
+    return torch.from_numpy(waves), spoken
 
 
 def voice_truth(spoken):
@@ -167,8 +175,10 @@ def train_listener(clips=600, steps=600):
 def load_listener():
     """The toy recogniser; trained now, in about a minute, unless the cache holds what this very
     code trained before."""
-    code = fingerprint("".join(map(inspect.getsource, (Listener, voice_truth, train_listener))))
-    path, listener = cache_root() / f"listener-{VERSION}-{code}.pt", Listener()
+    parts = Listener, voice_truth, train_listener
+    code = fingerprint("".join(map(inspect.getsource, parts)))
+    path = cache_root() / f"listener-{VERSION}-{code}.pt"
+    listener = Listener()
     try:
         listener.load_state_dict(load(path)["listener"])
     except UserError:
@@ -183,12 +193,17 @@ def load_listener():
 
 def guess_language(toy, clips):
     """The language whose phones make each clip likeliest (B,); -1 for an empty clip."""
-    tables = [ngrams(toy, 1, number) for number in range(len(toy.languages))]
+    numbers = range(len(toy.languages))
+    log_odds = np.full((len(numbers), len(SYMBOLS)), math.log(1e-3))
+    for number in numbers:
+        for (phone,), odds in ngrams(toy, 1, number).items():
+            log_odds[number, phone] = math.log(odds + 1e-3)
+
     guesses = []
     for clip in clips:
-        numbers = [SYMBOLS.index(phone) for phone in clip]
-        odds = [sum(math.log(table.get((p,), 0) + 1e-3) for p in numbers) for table in tables]
-        guesses.append(int(np.argmax(odds)) if clip else -1)
+        phones = [SYMBOLS.index(phone) for phone in clip]
+        likelihood = log_odds[:, phones].sum(1)               # (languages,)
+        guesses.append(int(likelihood.argmax()) if clip else -1)
     return np.array(guesses)
 
 
@@ -197,7 +212,10 @@ def language_kept(toy, clips, languages):
     other. Phones of the right language that make no word do not count."""
     kept = 0
     for clip, language in zip(clips, languages):
-        covered = [int((words_in(clip, other) >= 0).sum()) for other in toy.languages]
+        covered = []
+        for other in toy.languages:
+            words = words_in(clip, other)
+            covered.append(int((words >= 0).sum()))
         right = covered.pop(language)
         kept += right > max(covered, default=0)
     return kept / len(clips)
@@ -206,9 +224,11 @@ def language_kept(toy, clips, languages):
 def nearness(voice, truth):
     """Share of the other clips' true voices that a recognised voice (B, D) is farther from than
     from its own truth (B, D), mean over clips: 1 for the very voice, 0.5 for any voice."""
-    apart = ((voice[:, None] - truth[None]) ** 2).sum(2)
-    farther = apart > apart.diagonal()[:, None]
-    return float(farther.sum() / max(1, len(apart) * (len(apart) - 1)))
+    count = len(voice)
+    apart = (voice[:, None] - truth[None]) ** 2               # (B, B, D)
+    apart = apart.sum(2)                                      # (B, B)
+    own = apart.diagonal()[:, None]
+    return float((apart > own).sum() / max(1, count * (count - 1)))
 
 
 def phone_errors(clip, truth):
@@ -216,7 +236,8 @@ def phone_errors(clip, truth):
     truth = np.array(truth)
     row = steps = np.arange(len(truth) + 1)
     for i, phone in enumerate(clip, 1):
-        row = np.concatenate([[i], np.minimum(row[1:] + 1, row[:-1] + (truth != phone))])
+        kept = np.minimum(row[1:] + 1, row[:-1] + (truth != phone))
+        row = np.concatenate([[i], kept])
         row = np.minimum.accumulate(row - steps) + steps      # phones that the clip left out
     return int(row[-1])
 
@@ -225,7 +246,8 @@ def error_rate(clips, spoken):
     """Phone error rate: edit distance between recognised and true phones, over true phones."""
     errors = total = 0
     for clip, u in zip(clips, spoken):
-        first = np.diff(u.phone.astype(int) * 1000 + u.word, prepend=-9999) != 0
+        both = u.phone.astype(int) * 1000 + u.word            # changes where either does
+        first = np.diff(both, prepend=-9999) != 0
         truth = [SYMBOLS[p] for p in u.phone[first & (u.phone > 0)]]
         errors += phone_errors(clip, truth)
         total += len(truth)
@@ -236,10 +258,12 @@ def likeness(toy, recognised, spoken):
     """{measure: value} of what was recognised, set against the truth of `spoken`."""
     languages = [u.language for u in spoken]
     voice, truth = recognised["voice"], voice_truth(spoken)
-    return markov.score(toy, recognised["clips"], languages) | {
+    words = markov.score(toy, recognised["clips"], languages)
+    return words | {
         "language_kept": language_kept(toy, recognised["clips"], languages),
         "speaker_kept": nearness(voice[:, :2], truth[:, :2]),
-        "style_kept": nearness(voice[:, 2:], truth[:, 2:])}
+        "style_kept": nearness(voice[:, 2:], truth[:, 2:]),
+    }
 
 
 def toy_truth(toy, spoken, generated, true):
@@ -247,13 +271,16 @@ def toy_truth(toy, spoken, generated, true):
     generated continuations, as the toy recogniser reads them. The ceiling is the true continuation.
     The floor is the true continuation of another context; for words and runs of words, text of a
     phone bigram babbler, for word pairs, words in free order."""
-    value, ceiling = likeness(toy, generated, spoken), likeness(toy, true, spoken)
+    value = likeness(toy, generated, spoken)
+    ceiling = likeness(toy, true, spoken)
+
+    # The floor: other contexts, and texts that know phone pairs or single words.
     shifts = range(1, max(2, min(9, len(spoken))))
     others = [likeness(toy, true, spoken[i:] + spoken[:i]) for i in shifts]
     floor = {name: float(np.mean([other[name] for other in others])) for name in value}
-
     languages = [u.language for u in spoken]
-    texts = markov.null_texts(toy, languages, [len(clip) for clip in true["clips"]])
+    lengths = [len(clip) for clip in true["clips"]]
+    texts = markov.null_texts(toy, languages, lengths)
     bigram = markov.score(toy, texts["bigram"], languages)
     free = markov.score(toy, texts[markov.FREE_ORDER], languages)
     floor |= bigram | {"pair_bits": free["pair_bits"]}

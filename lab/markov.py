@@ -1,14 +1,14 @@
 """markov: what would a text score that knows only n phones in a row? The nulls of every figure.
 
-A babbler of order n draws each phone given the last n - 1 and knows nothing else: no word, no
-sentence. Its tables are the exact ones of a toy language's grammar, or are counted in a reference
-transcript. Beside the babblers stand right words in free order, and text of the grammar itself. All
-are scored by the code that scores generated speech, so a figure says how much a model knows only
-where it lies among theirs: its *equivalent order* is the order of the babbler that scores the same.
+A babbler of order n draws each phone given the last n - 1, and knows neither words nor sentences.
+Its table is the exact one of a toy language's grammar, or is counted in a reference transcript.
+Beside the babblers stand right words in free order, and text of the grammar itself. All are scored
+as generated speech is. The *equivalent order* of speech is that of the babbler that scores alike.
 
     python -m lab.markov                          the nulls of the default corpus of toy speech
     python -m lab.markov --minutes 60 --words 64
 """
+import collections
 import functools
 import math
 
@@ -20,8 +20,7 @@ from lab.toyspeech import SYMBOLS, ToySpeech
 ORDERS = 1, 2, 3, 4, 5, 6
 BABBLERS = [{1: "unigram", 2: "bigram", 3: "trigram"}.get(n, f"{n}-gram") for n in ORDERS]
 FREE_ORDER, GRAMMAR = "words in free order", "true text"
-CLIP_PHONES = 24, 33                   # phones in 3 s of toy speech: at least, less than
-CLIPS_PER_MINUTE = 20
+CLIP_PHONES, CLIPS_PER_MINUTE = (24, 33), 20          # of 3 s of toy speech
 MEASURES = "word_rate", "runs_2", "runs_3", "pair_bits"
 NO_WORD, EDGE = -1, -2                 # what covers a phone, if no whole word does
 
@@ -29,14 +28,23 @@ NO_WORD, EDGE = -1, -2                 # what covers a phone, if no whole word d
 # --------------------------------------------------------------------------------------------------
 # Words in a stream of phones. A clip is a list of symbols.
 
+def symbols_of(phones):
+    """Phone numbers -> tuple of symbols."""
+    return tuple(SYMBOLS[phone] for phone in phones)
+
+
 @functools.lru_cache(maxsize=64)
 def lexicon(words):
-    """Words, a tuple of tuples of phone numbers -> {symbols: number of the word}, the sizes of
-    words from the longest on, and all proper beginnings and all proper ends of words."""
-    whole = {tuple(SYMBOLS[p] for p in word): number for number, word in enumerate(words)}
+    """Words, a tuple of tuples of phone numbers -> {symbols: number}, the sizes of words from the
+    longest on, all proper beginnings and all proper ends of words."""
+    whole, beginnings, ends = {}, set(), set()
+    for number, word in enumerate(words):
+        symbols = symbols_of(word)
+        whole[symbols] = number
+        for cut in range(1, len(symbols)):
+            beginnings.add(symbols[:cut])
+            ends.add(symbols[cut:])
     sizes = sorted({len(word) for word in whole}, reverse=True)
-    beginnings = {word[:i] for word in whole for i in range(1, len(word))}
-    ends = {word[i:] for word in whole for i in range(1, len(word))}
     return whole, sizes, beginnings, ends
 
 
@@ -78,7 +86,10 @@ def parse(clip, language, edges=False):
 def words_in(clip, language):
     """The word that covers each of a clip's S phones (S,), -1: none."""
     pieces = parse(clip, language)
-    return np.array([word for word, start, stop in pieces for _ in range(start, stop)], int)
+    words = []
+    for word, start, stop in pieces:
+        words += [word] * (stop - start)
+    return np.array(words, int)
 
 
 def word_runs(pieces):
@@ -90,7 +101,7 @@ def word_runs(pieces):
         elif run:
             runs.append(run)
             run = []
-    return runs + [run] if run else runs
+    return [*runs, run] if run else runs
 
 
 def score(toy, clips, languages):
@@ -119,14 +130,19 @@ def score(toy, clips, languages):
                 surprise -= math.log2(language.follows[word, following]) + entropies[number]
                 pairs += 1
 
-    rates = [count / max(1, phones) for count in inside.values()]
-    return dict(zip(MEASURES, [*rates, surprise / pairs if pairs else math.nan]))
+    return {
+        "word_rate": inside[1] / max(1, phones),
+        "runs_2": inside[2] / max(1, phones),
+        "runs_3": inside[3] / max(1, phones),
+        "pair_bits": surprise / pairs if pairs else math.nan,
+    }
 
 
 def pair_entropy(toy, language):
     """Bits of the next word given this one."""
     follows = toy.languages[language].follows
-    return float(-(toy.word_share(language)[:, None] * follows * np.log2(follows)).sum())
+    bits = -(follows * np.log2(follows)).sum(1)               # (V,)
+    return float(toy.word_share(language) @ bits)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -154,11 +170,9 @@ def ngrams(toy, n, language=0):
 
 def counted(clips, n):
     """The distribution {n phones: share} of a transcript."""
-    table = {}
+    table = collections.Counter()
     for clip in clips:
-        for start in range(len(clip) - n + 1):
-            gram = tuple(clip[start:start + n])
-            table[gram] = table.get(gram, 0) + 1
+        table.update(tuple(clip[i:i + n]) for i in range(len(clip) - n + 1))
     total = sum(table.values())
     return {gram: count / total for gram, count in table.items()}
 
@@ -179,10 +193,10 @@ class Babbler:
 
     def draw(self, rng, length):
         """A clip of `length` phones that starts anywhere."""
-        clip = []
+        clip, known = [], len(self.grams[0]) - 1
         while len(clip) < length:
-            before = tuple(clip[len(clip) - len(self.grams[0]) + 1:]) if clip else None
-            if before in self.following:
+            before = tuple(clip[len(clip) - known:])
+            if clip and before in self.following:
                 phones, cumulative = self.following[before]
                 clip.append(phones[pick(rng, cumulative)])
             else:                      # at the start, and where a counted table knows no way on
@@ -192,8 +206,9 @@ class Babbler:
 
 def pick(rng, cumulative):
     """An index, drawn by cumulative odds that need not end at 1."""
-    return min(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"),
-               len(cumulative) - 1)
+    drawn = rng.random() * cumulative[-1]
+    index = np.searchsorted(cumulative, drawn, side="right")
+    return min(int(index), len(cumulative) - 1)
 
 
 def draw_words(rng, language, share, length, free):
@@ -204,30 +219,29 @@ def draw_words(rng, language, share, length, free):
     while len(phones) < length:
         word = pick(rng, np.cumsum(share if free else language.follows[word]))
         phones.extend(language.words[word])
-    return [SYMBOLS[p] for p in phones[:length]]
+    return list(symbols_of(phones[:length]))
 
 
 @functools.lru_cache(maxsize=64)
 def exact_babbler(toy, order, language):
     """The babbler of a toy language's exact grammar, in symbols."""
     table = ngrams(toy, order, language)
-    return Babbler({tuple(SYMBOLS[p] for p in gram): odds for gram, odds in table.items()})
+    return Babbler({symbols_of(gram): odds for gram, odds in table.items()})
 
 
 def null_texts(toy, languages, lengths, seed=0):
-    """{name: clips}: text of every babbler, of words in free order and of the grammar, in clips of
-    these lengths in these languages."""
+    """{name: clips of these lengths in these languages}: text of all babblers and of words."""
     shares = [toy.word_share(number) for number in range(len(toy.languages))]
-    texts = {}
-    for order, name in zip(ORDERS, BABBLERS):
-        rng = np.random.default_rng((seed, order))
-        texts[name] = [exact_babbler(toy, order, int(number)).draw(rng, length)
-                       for number, length in zip(languages, lengths)]
-    for name in (FREE_ORDER, GRAMMAR):
-        rng = np.random.default_rng((seed, len(name)))
-        texts[name] = [draw_words(rng, toy.languages[number], shares[number], length,
-                                  free=name == FREE_ORDER)
-                       for number, length in zip(languages, lengths)]
+    texts = {name: [] for name in (*BABBLERS, FREE_ORDER, GRAMMAR)}
+    for row, (name, clips) in enumerate(texts.items()):
+        rng = np.random.default_rng((seed, row))
+        for number, length in zip(map(int, languages), lengths):
+            if name in BABBLERS:
+                clip = exact_babbler(toy, ORDERS[row], number).draw(rng, length)
+            else:
+                language, free = toy.languages[number], name == FREE_ORDER
+                clip = draw_words(rng, language, shares[number], length, free)
+            clips.append(clip)
     return texts
 
 
@@ -236,50 +250,50 @@ def transcript_texts(reference, lengths, seed=0):
     texts = {}
     for order, name in zip(ORDERS[:4], BABBLERS):
         table = counted(reference, order)
-        rng = np.random.default_rng((seed, order))
         if table:
-            texts[name] = [Babbler(table).draw(rng, length) for length in lengths]
+            babbler, rng = Babbler(table), np.random.default_rng((seed, order))
+            texts[name] = [babbler.draw(rng, length) for length in lengths]
     return texts
 
 
 def equivalent_order(value, ladder):
     """The order, interpolated, of the babbler that would score `value`; `ladder` holds the scores
     of the babblers of order 1, 2, ... Values outside it are given its first or last order."""
-    ladder = np.array(ladder, float)
-    falls = ladder[-1] < ladder[0]                        # divergences fall with the order
-    value, ladder = (-value, -ladder) if falls else (value, ladder)
-    return float(np.interp(value, np.maximum.accumulate(ladder), np.arange(1, len(ladder) + 1)))
+    orders, ladder = np.arange(1, len(ladder) + 1), np.array(ladder, float)
+    if ladder[-1] < ladder[0]:                            # divergences fall with the order
+        value, ladder = -value, -ladder
+    rising = np.maximum.accumulate(ladder)
+    return float(np.interp(value, rising, orders))
 
 
 def main():
     parser = Parser(__doc__)
     parser.add_argument("--minutes", type=int, default=10, help="speech in each text [10]")
-    parser.add_argument("--languages", type=int, default=2, help="toy languages [2]")
-    parser.add_argument("--words", type=int, default=16, help="words in each [16]")
-    parser.add_argument("--seed", type=int, default=0, help="of the texts [0]")
+    parser.add_argument("--words", type=int, default=16, help="words in each language [16]")
     arguments = parser.parse_args()
-    if min(arguments.minutes, arguments.languages) < 1 or arguments.words < 2:
-        raise UserError("--minutes and --languages must be at least 1, --words at least 2")
+    if arguments.minutes < 1 or arguments.words < 2:
+        raise UserError("--minutes must be at least 1, --words at least 2")
     from eval_pjsd import NS, compare                         # eval_pjsd.py imports this file
 
     # The texts, and true text three times as long to compare them with.
-    toy = ToySpeech(arguments.languages, arguments.words)
+    toy = ToySpeech(words=arguments.words)
     clips = arguments.minutes * CLIPS_PER_MINUTE
-    rng = np.random.default_rng(arguments.seed)
-    languages = rng.integers(arguments.languages, size=4 * clips)
+    rng = np.random.default_rng(0)
+    languages = rng.integers(len(toy.languages), size=4 * clips)
     lengths = rng.integers(*CLIP_PHONES, size=4 * clips)
-    reference = null_texts(toy, languages[clips:], lengths[clips:], arguments.seed + 1)[GRAMMAR]
-    texts = null_texts(toy, languages[:clips], lengths[:clips], arguments.seed)
+    reference = null_texts(toy, languages[clips:], lengths[clips:], seed=1)[GRAMMAR]
+    texts = null_texts(toy, languages[:clips], lengths[:clips])
 
     names = [*MEASURES, "order", *(f"pJSD {n}" for n in NS)]
     print(f"{arguments.minutes} minutes of text; order: the equivalent Markov order, by words\n")
-    print(f"{'':<20}" + "".join(f"{name:>10}" for name in names))
+    print(" " * 20, *(f"{name:>9}" for name in names))
     scores = {name: score(toy, text, languages) for name, text in texts.items()}
     ladder = [scores[name]["word_rate"] for name in BABBLERS]
     for name, text in texts.items():
         order = equivalent_order(scores[name]["word_rate"], ladder)
-        row = [*scores[name].values(), order, *compare(text, reference, splits=4)["pjsd"]]
-        print(f"{name:<20}" + "".join(f"{value:>10.3f}" for value in row))
+        pjsd = compare(text, reference, splits=4)["pjsd"]
+        row = [*scores[name].values(), order, *pjsd]
+        print(f"{name:<20}", *(f"{value:>9.3f}" for value in row))
 
 
 if __name__ == "__main__":

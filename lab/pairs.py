@@ -46,8 +46,9 @@ def denoising_errors(model, frames, draws=4, size=32):
         part = frames[start:start + size]
         ctx, x0 = part[:, :n], part[:, n:]
         for draw in range(draws):
-            eps = torch.stack([keyed_noise(draw, "pairs", start + i, x0.shape[1:], x0.device)
-                               for i in range(len(x0))])
+            items = range(start, start + len(part))
+            eps = torch.stack([
+                keyed_noise(draw, "pairs", item, x0.shape[1:], x0.device) for item in items])
             for column, level in enumerate(LEVELS):
                 phi = math.atan(math.exp(-level / 2))
                 xt = math.cos(phi) * x0 + math.sin(phi) * eps
@@ -60,10 +61,10 @@ def denoising_errors(model, frames, draws=4, size=32):
 def interval(share, count):
     """95 % interval of a share of `count` independent cases (Wilson 1927)."""
     z = 1.96
-    shrink = 1 + z ** 2 / count
-    middle = (share + z ** 2 / (2 * count)) / shrink
-    variance = share * (1 - share) / count + z ** 2 / (4 * count ** 2)
-    half = z * math.sqrt(variance) / shrink
+    extra = z ** 2 / count
+    middle = (share + extra / 2) / (1 + extra)
+    variance = share * (1 - share) / count + extra / (4 * count)
+    half = z * math.sqrt(variance) / (1 + extra)
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
@@ -86,8 +87,10 @@ def accuracy(true, false, swapped=False):
     row = {"accuracy": share, "interval": interval(share, cases), "pairs": len(gain),
            "levels": levels}
     if swapped:
-        matched = float(share_right(chosen.unflatten(0, (-1, 2)).sum(1)))
-        row |= {"matched": matched, "matched_interval": interval(matched, cases)}
+        both = chosen.unflatten(0, (-1, 2)).sum(1)            # (P/2,)
+        matched = float(share_right(both))
+        row["matched"] = matched
+        row["matched_interval"] = interval(matched, cases)
     return row
 
 
@@ -135,15 +138,15 @@ def main():
     kinds = [kind for kind in arguments.kinds if kind != "language" or len(toy.languages) > 1]
 
     print("share of pairs whose true utterance has the smaller denoising error; chance: 0.5\n")
-    print(f"{'':<9}{'pairs':>6}{'accuracy':>20}{'matched':>21}   at log-SNR"
-          + "".join(f"{level:>6}" for level in LEVELS))
+    print(f"{'':<9}{'pairs':>6} {'accuracy':>20} {'matched':>20}", "  at log-SNR",
+          *(f"{level:>5}" for level in LEVELS))
     report, started = {}, time.perf_counter()
     for kind in kinds:
         row = ask(model, autoencoder, toy, kind, arguments.number, arguments.draws)
         report[kind] = row
-        levels = "".join(f"{value:>6.2f}" for value in row["levels"].values())
-        print(f"{kind:<9}{row['pairs']:>6}{text(row, 'accuracy')} {text(row, 'matched')}"
-              f"{'':13}{levels}", flush=True)
+        levels = [f"{value:>5.2f}" for value in row["levels"].values()]
+        print(f"{kind:<9}{row['pairs']:>6}", text(row, "accuracy"), text(row, "matched"),
+              " " * 12, *levels, flush=True)
     print(f"{time.perf_counter() - started:.0f} s")
 
     with replacing(arguments.json or arguments.run / "pairs.json") as temporary:
