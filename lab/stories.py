@@ -1,7 +1,7 @@
 """stories: small English stories, spoken by a text-to-speech package. A real language in minutes.
 
     pip install hibari-tts
-    python -m lab.stories --hours 3 --out stories      about 90 seconds on two cores
+    python -m lab.stories --hours 3 --out stories      less than two minutes on two cores
     python cdslm.py --size tiny --data stories         then: python -m lab.words out/tiny
 
 Each story is one recording of 5 to 10 sentences about a person, an animal, a thing and a place,
