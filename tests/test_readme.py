@@ -14,10 +14,10 @@ from lab import plan, scaling
 from tests.conftest import ROOT, SMALL, flags, speech_like
 
 README = ROOT / "README.md"
-DOCS = ("exercises", "notebook", "results", "fidelity", "faults")
+DOCS = ("exercises", "notebook", "results", "fidelity", "faults", "stories")
 PAGES = [README, *(ROOT / f"docs/{name}.md" for name in DOCS)]
 PROGRAMS = ["sample.py", "eval_pjsd.py"]
-PROGRAMS += [f"lab/{name}.py" for name in ("scaling", "bench", "ablate", "lr_transfer", "plan")]
+PROGRAMS += [f"lab/{path.name}" for path in (ROOT / "lab").glob("*.py")]
 TEST = "pip install -r requirements.txt pytest && python -m pytest\n"
 USED = ("depth", "width", "toy_hours", "decoder", "ctx_seconds", "gen_seconds")
 FEW = flags(**{key: SMALL[key] for key in USED})
@@ -131,7 +131,7 @@ def test_every_training_command_runs(run, tmp_path, monkeypatch):
         soundfile.write(tmp_path / f"recordings/{number}.wav", speech_like(90, 8000, number), 8000)
     for number, words in enumerate(commands("python cdslm.py")):
         words = [word for word in words[1:] if word not in ("--out", "--data")]
-        words = [word for word in words if not re.match("out/|[Ll]ib|LJ|my_", word)]
+        words = [word for word in words if not re.match("out/|[Ll]ib|LJ|my_|stories", word)]
         data = ["--data", "recordings"] if "--data" in commands("python cdslm.py")[number] else []
         few = flags(depth=1, width=64, steps=1, batch_size=2, toy_hours=0.1, decoder="griffinlim",
                     out=f"out/{number}")

@@ -20,13 +20,15 @@ from tests.conftest import command, speech_like
 
 @pytest.fixture
 def say(trained, monkeypatch, tmp_path, capsys):
-    """say("--num", 2, ...): run sample.py on the shared run -> (the file asked for, what it said)."""
+    """say("--num", 2, ...): run sample.py on the shared run -> (the file asked for, its output)."""
+
     def run(*words, out="x.wav", run=trained[0]):
         words = [str(run), "--out", str(tmp_path / out), "--steps", "2", *map(str, words)]
         monkeypatch.setattr("sys.argv", ["sample.py", *words])
         capsys.readouterr()
         speak.main()
         return tmp_path / out, capsys.readouterr().out
+
     return run
 
 
@@ -35,6 +37,7 @@ def recording(tmp_path):
     def make(name="me.flac", seconds=2.0, rate=16_000, wave=None):
         soundfile.write(tmp_path / name, speech_like(seconds, rate) if wave is None else wave, rate)
         return tmp_path / name
+
     return make
 
 
@@ -52,7 +55,9 @@ def test_the_recording_itself_comes_first(say, recording):
     prompt = recording(seconds=2.0)
     path, _ = say("--prompt", prompt)
     given, got = load_audio(prompt), load_audio(path)
-    loudness = [w[:2 * RATE].unflatten(0, (-1, 1200)).square().mean(1).sqrt() for w in (given, got)]
+    loudness = [
+        w[: 2 * RATE].unflatten(0, (-1, 1200)).square().mean(1).sqrt() for w in (given, got)
+    ]
     assert torch.corrcoef(torch.stack(loudness))[0, 1] > 0.9
 
 
@@ -78,8 +83,12 @@ def test_several_are_made_in_one_batch(say, recording, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("sampler", ["dpm", "ddim"])
 def test_the_same_command_makes_the_same_file(say, recording, sampler):
-    files = [say("--prompt", recording(), "--sampler", sampler, "--seed", seed, out=f"{i}.wav")[0].read_bytes()
-             for i, seed in enumerate((3, 3, 4))]
+    files = [
+        say("--prompt", recording(), "--sampler", sampler, "--seed", seed, out=f"{i}.wav")[
+            0
+        ].read_bytes()
+        for i, seed in enumerate((3, 3, 4))
+    ]
     assert files[0] == files[1] != files[2]
 
 
@@ -96,7 +105,7 @@ def test_from_silence(say):
 def test_a_short_prompt_is_padded_with_silence_in_front_with_a_notice(say, recording):
     path, said = say("--prompt", recording(seconds=0.1))
     assert "padded" in said and seconds(path) == pytest.approx(1.2, abs=0.02)
-    begin = load_audio(path)[:RATE // 5]
+    begin = load_audio(path)[: RATE // 5]
     assert begin.square().mean().sqrt() < 0.01
 
 
@@ -112,10 +121,24 @@ def test_it_works_when_the_training_data_is_gone(trained, say, monkeypatch):
     say()
 
 
-@pytest.mark.parametrize("words", [
-    ["--seconds", "0"], ["--seconds", "-1"], ["--seconds", "nan"], ["--seconds", "inf"], ["--num", "0"],
-    ["--steps", "0"], ["--cfg", "nan"], ["--sampler", "euler"], ["--seed", "-1"], ["--prompt", "/no/such/file.wav"],
-    ["--prompt", __file__], ["--device", "tpu9"], ["--what"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--seconds", "0"],
+        ["--seconds", "-1"],
+        ["--seconds", "nan"],
+        ["--seconds", "inf"],
+        ["--num", "0"],
+        ["--steps", "0"],
+        ["--cfg", "nan"],
+        ["--sampler", "euler"],
+        ["--seed", "-1"],
+        ["--prompt", "/no/such/file.wav"],
+        ["--prompt", __file__],
+        ["--device", "tpu9"],
+        ["--what"],
+    ],
+)
 def test_a_mistake_is_a_users_error_of_one_line(say, words):
     with pytest.raises(UserError) as error:
         say(*words)
@@ -140,7 +163,9 @@ def test_a_missing_run_is_a_users_error(say, tmp_path):
 
 def test_a_prompt_that_is_not_audio_is_one_line_and_status_2(trained):
     done = command("sample.py", trained[0], "--prompt", __file__)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert (
+        done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    )
 
 
 def test_no_seam_between_windows(say):
@@ -149,13 +174,14 @@ def test_no_seam_between_windows(say):
     wave = load_audio(path)
     jump = wave.diff().abs()
     seams = [round((0.4 + 0.8 * i) * FRAME_RATE) * HOP for i in range(1, 7)]
-    assert max(jump[at - 30:at + 30].max() for at in seams) <= jump[RATE // 2:].max()
-    typical = jump[RATE // 2:].unfold(0, 60, 60).amax(1).quantile(0.98)
-    assert sum(bool(jump[at - 30:at + 30].max() > typical) for at in seams) <= 2
+    assert max(jump[at - 30 : at + 30].max() for at in seams) <= jump[RATE // 2 :].max()
+    typical = jump[RATE // 2 :].unfold(0, 60, 60).amax(1).quantile(0.98)
+    assert sum(bool(jump[at - 30 : at + 30].max() > typical) for at in seams) <= 2
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The page. How it looks and plays in a browser is in test_page.py.
+
 
 @pytest.fixture
 def folder(trained, tmp_path):
@@ -165,15 +191,29 @@ def folder(trained, tmp_path):
 
 def test_the_page_shows_all_there_is(folder, say):
     row = dict(value=0.25, ceiling=0.5, floor=0.125, normalized=1 / 3)
-    (folder / "judged.json").write_text(json.dumps(
-        {"n": [1, 2], "pjsd": [0.0625, None], "floor": [0.03125, None], "toy": {"word_rate": row}}))
+    (folder / "judged.json").write_text(
+        json.dumps(
+            {
+                "n": [1, 2],
+                "pjsd": [0.0625, None],
+                "floor": [0.03125, None],
+                "toy": {"word_rate": row},
+            }
+        )
+    )
     (folder / "decided.png").write_bytes(b"")
     (folder / "older.wav").write_bytes((folder / "1_true.wav").read_bytes())
     _, said = say("--prompt", "none", "--num", 2, out="run/new.wav", run=folder)
     page = (folder / "index.html").read_text()
     sounds = {"new-1.wav", "new-2.wav", "older.wav"}
-    sounds |= {f"{i}_{kind}.wav" for i in range(1, 5) for kind in ("generated", "true", "reconstruction")}
-    assert {name for name in sounds if f'src="{name}"' in page} == sounds == {f.name for f in folder.glob("*.wav")}
+    sounds |= {
+        f"{i}_{kind}.wav" for i in range(1, 5) for kind in ("generated", "true", "reconstruction")
+    }
+    assert (
+        {name for name in sounds if f'src="{name}"' in page}
+        == sounds
+        == {f.name for f in folder.glob("*.wav")}
+    )
     assert "index.html" in said and "--prompt none --num 2" in page and 'src="decided.png"' in page
     for figure in ("0.0625", "0.0312", "word rate", "0.2500", "0.5000", "0.1250"):
         assert f"<td>{figure}" in page
@@ -185,9 +225,9 @@ def test_the_page_shows_all_there_is(folder, say):
 def test_the_page_has_the_command_that_makes_such_a_run(folder, say):
     say("--prompt", "none", out="run/new.wav", run=folder)
     page = (folder / "index.html").read_text()
-    line = page[page.index("python cdslm.py"):].split("</pre>")[0]
+    line = page[page.index("python cdslm.py") :].split("</pre>")[0]
     assert cdslm.parse(shlex.split(line)[2:]) == cdslm.read_config(folder)
-    for data in ("it's <odd> & \"so\"", ["a b", "c"]):
+    for data in ('it\'s <odd> & "so"', ["a b", "c"]):
         odd = cdslm.Config(data=data, zero_terminal_snr=True, t_shift=-1.0, depth=3, out="a b")
         line = html.unescape(making(odd).removeprefix("<pre>").split("</pre>")[0])
         assert cdslm.parse(shlex.split(line)[2:]) == odd
@@ -209,9 +249,14 @@ def test_nothing_in_a_run_folder_can_put_its_own_html_on_the_page(folder, say):
     shutil.copy(folder / "1_true.wav", folder / f"{bad.replace('/', '')}.wav")
     shutil.copy(folder / "1_true.wav", folder / "%20#?&:é.wav")
     row = dict(value=bad, ceiling=bad, floor=bad)
-    (folder / "judged.json").write_text(json.dumps({"n": [bad], "pjsd": [bad], "floor": [bad], "toy": {bad: row}}))
+    (folder / "judged.json").write_text(
+        json.dumps({"n": [bad], "pjsd": [bad], "floor": [bad], "toy": {bad: row}})
+    )
     with open(folder / "log.jsonl", "a") as log:
-        log.write(json.dumps({"step": 1, "hours": 1, "epochs": 1, "valid": {bad: 0.5, "mean": 0.5}}) + "\n")
+        log.write(
+            json.dumps({"step": 1, "hours": 1, "epochs": 1, "valid": {bad: 0.5, "mean": 0.5}})
+            + "\n"
+        )
     say("--prompt", "none", out=f"run/{bad.replace('/', '')}-2.wav", run=folder)
     page = (folder / "index.html").read_text()
     assert "<script" not in page and page.count("&lt;script") >= 8
@@ -222,13 +267,19 @@ def test_nothing_in_a_run_folder_can_put_its_own_html_on_the_page(folder, say):
 def test_pictures_have_a_line_where_the_context_ends_and_need_matplotlib(folder, say, monkeypatch):
     image = pytest.importorskip("matplotlib.image")
     say("--prompt", "none", out="run/new.wav", run=folder)
-    picture = image.imread(folder / "new.mel.png")[::-1]                      # band 0 first
-    assert picture.shape[:2] == (80, 96) and (picture[::3, 32] > 0.7).sum() > 50 and 'src="new.mel.png"' in (
-        folder / "index.html").read_text()
+    picture = image.imread(folder / "new.mel.png")[::-1]  # band 0 first
+    assert (
+        picture.shape[:2] == (80, 96)
+        and (picture[::3, 32] > 0.7).sum() > 50
+        and 'src="new.mel.png"' in (folder / "index.html").read_text()
+    )
     assert not (picture[::3, [30, 34]] == picture[0, 32]).all(-1).any()
     monkeypatch.setitem(sys.modules, "matplotlib.image", None)
     _, said = say("--prompt", "none", out="run/new.wav", run=folder)
-    assert "pip install matplotlib" in said and "new.mel.png" not in (folder / "index.html").read_text()
+    assert (
+        "pip install matplotlib" in said
+        and "new.mel.png" not in (folder / "index.html").read_text()
+    )
 
 
 def test_sound_that_goes_elsewhere_leaves_the_run_as_it_was(folder, say):

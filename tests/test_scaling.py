@@ -1,4 +1,5 @@
-"""The scaling study: laws that are known are found again, odd tables are refused or named, and a small grid runs."""
+"""The scaling study: known laws are found again, odd tables are refused or named, a grid runs."""
+
 import csv
 import json
 import math
@@ -17,8 +18,8 @@ from lab.laws import Law, edge, fit, fuse, optimum, parabola, read, study
 from lab.listener import Listener
 from tests.conftest import SMALL, command, flags
 
-CHINCHILLA = Law(1.82, 482, 2085, 0.348, 0.366)        # Besiroglu et al. 2024
-SMALLER = Law(0.008, 8, 300, 0.5, 0.6)                 # about as a laptop's
+CHINCHILLA = Law(1.82, 482, 2085, 0.348, 0.366)  # Besiroglu et al. 2024
+SMALLER = Law(0.008, 8, 300, 0.5, 0.6)  # about as a laptop's
 
 
 def grid(law, budgets, sizes=12, noise=0.0, seed=0, reach=1.5, k=6.0, p=1.0):
@@ -26,7 +27,7 @@ def grid(law, budgets, sizes=12, noise=0.0, seed=0, reach=1.5, k=6.0, p=1.0):
     rng, rows = np.random.default_rng(seed), []
     for C in budgets:
         best = optimum(law, C, k, p)["N"]
-        rows += [(N, C / (k * N ** p), C) for N in best * np.exp(np.linspace(-reach, reach, sizes))]
+        rows += [(N, C / (k * N**p), C) for N in best * np.exp(np.linspace(-reach, reach, sizes))]
     N, D, C = np.array(rows).T
     return N, D, C, law(N, D) * np.exp(noise * rng.standard_normal(len(N)))
 
@@ -34,7 +35,9 @@ def grid(law, budgets, sizes=12, noise=0.0, seed=0, reach=1.5, k=6.0, p=1.0):
 def metrics(law, N, D, a=(15.0, 30.0, 60.0), b=(1.3, 1.2, 1.0), floor=(0.002, 0.02, 0.08)):
     """Metrics (n, 3) that follow a law's loss, and their floor, as `fuse` has them."""
     a, b, floor = (np.array(x) for x in (a, b, floor))
-    return floor + (1 - floor) * (1 - np.exp(-a * (law(N, D) - law.E)[:, None] ** b)), np.tile(floor, (len(N), 1))
+    return floor + (1 - floor) * (1 - np.exp(-a * (law(N, D) - law.E)[:, None] ** b)), np.tile(
+        floor, (len(N), 1)
+    )
 
 
 def write(path, rows):
@@ -52,7 +55,10 @@ def write(path, rows):
 def table(names="N D loss", law=SMALLER, budgets=(1e12, 1e13), sizes=5, noise=0.01):
     """Rows with these columns."""
     columns = dict(zip(("N", "D", "C", "loss"), grid(law, budgets, sizes, noise)))
-    return [dict(zip(names.split(), map(float, row))) for row in zip(*(columns[name] for name in names.split()))]
+    return [
+        dict(zip(names.split(), map(float, row)))
+        for row in zip(*(columns[name] for name in names.split()))
+    ]
 
 
 @pytest.fixture
@@ -61,22 +67,33 @@ def few(monkeypatch):
     monkeypatch.setattr(laws, "SAMPLES", 4)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The law.
 
+
 def test_the_exponents_are_found_again_through_noise():
-    found = [fit(N, D, loss) for N, D, _, loss in
-             (grid(CHINCHILLA, np.logspace(18, 22, 10), noise=0.01, seed=seed) for seed in range(10))]
-    off = [max(abs(law.alpha / CHINCHILLA.alpha - 1), abs(law.beta / CHINCHILLA.beta - 1)) for law in found]
+    found = [
+        fit(N, D, loss)
+        for N, D, _, loss in (
+            grid(CHINCHILLA, np.logspace(18, 22, 10), noise=0.01, seed=seed) for seed in range(10)
+        )
+    ]
+    off = [
+        max(abs(law.alpha / CHINCHILLA.alpha - 1), abs(law.beta / CHINCHILLA.beta - 1))
+        for law in found
+    ]
     assert sum(x < 0.1 for x in off) >= 9, off
 
 
 @pytest.mark.parametrize("law", [CHINCHILLA, SMALLER, Law(1.69, 406.4, 410.7, 0.34, 0.28)])
 def test_a_law_without_noise_is_found_exactly(law):
-    N, D, _, loss = grid(law, np.geomspace(1e17, 1e22, 6) if law.E > 1 else np.geomspace(1e12, 1e14, 5), sizes=8)
+    N, D, _, loss = grid(
+        law, np.geomspace(1e17, 1e22, 6) if law.E > 1 else np.geomspace(1e12, 1e14, 5), sizes=8
+    )
     found = fit(N, D, loss)
     assert [found.E, found.A, found.B, found.alpha, found.beta] == pytest.approx(
-        [law.E, law.A, law.B, law.alpha, law.beta], rel=1e-3)
+        [law.E, law.A, law.B, law.alpha, law.beta], rel=1e-3
+    )
 
 
 def test_a_few_runs_gone_wrong_change_little():
@@ -94,7 +111,9 @@ def test_the_fit_is_where_no_other_law_is_better():
     best, rng = fit(N, D, loss), np.random.default_rng(0)
     for size in (1e-3, 1e-2, 0.1):
         for _ in range(100):
-            other = Law(*np.array(list(vars(best).values())) * np.exp(size * rng.standard_normal(5)))
+            other = Law(
+                *np.array(list(vars(best).values())) * np.exp(size * rng.standard_normal(5))
+            )
             assert cost(other) > cost(best) - 1e-5
     assert cost(SMALLER) > cost(best)
 
@@ -104,14 +123,18 @@ def test_the_optimum_is_the_lowest_point_of_its_isoflop():
         best = optimum(law, C, k, p)
         assert k * best["N"] ** p * best["D"] == pytest.approx(C)
         sizes = best["N"] * np.exp(np.linspace(-3, 3, 60_001))
-        loss = law(sizes, C / (k * sizes ** p))
-        assert sizes[loss.argmin()] == pytest.approx(best["N"], rel=1e-3) and loss.min() == pytest.approx(best["loss"])
+        loss = law(sizes, C / (k * sizes**p))
+        assert sizes[loss.argmin()] == pytest.approx(
+            best["N"], rel=1e-3
+        ) and loss.min() == pytest.approx(best["loss"])
         u = np.array([-1e-3, 0, 1e-3])
         logs = np.log(law(best["N"] * np.exp(u), best["D"] * np.exp(-p * u)))
         assert best["kappa"] == pytest.approx((logs[0] - 2 * logs[1] + logs[2]) / 1e-6, rel=1e-3)
         flat = sizes[loss <= 1.01 * loss.min()]
         assert best["N_range"] == pytest.approx([flat[0], flat[-1]], rel=5e-3)
-        assert best["D_range"] == pytest.approx([C / (k * flat[-1] ** p), C / (k * flat[0] ** p)], rel=5e-3)
+        assert best["D_range"] == pytest.approx(
+            [C / (k * flat[-1] ** p), C / (k * flat[0] ** p)], rel=5e-3
+        )
 
 
 def test_the_trends_are_those_of_the_optima():
@@ -119,7 +142,9 @@ def test_the_trends_are_those_of_the_optima():
     first, last = (optimum(SMALLER, C, k, p) for C in (1e12, 1e14))
     found = laws.trends(SMALLER, 1e12, 1e14, k, p)
     for name in ("N", "D", "r", "kappa"):
-        assert found[f"{name}_exponent"] == pytest.approx(math.log(last[name] / first[name]) / math.log(100))
+        assert found[f"{name}_exponent"] == pytest.approx(
+            math.log(last[name] / first[name]) / math.log(100)
+        )
     assert found["N_exponent_6ND"] == pytest.approx(0.6 / 1.1)
 
 
@@ -144,7 +169,13 @@ def test_runs_that_form_no_isoflops_have_intervals_and_no_edges(few):
     N, D = (x.flatten() for x in np.meshgrid(np.geomspace(1e5, 1e7, 5), np.geomspace(1e6, 3e8, 4)))
     loss = SMALLER(N, D) * np.exp(0.01 * np.random.default_rng(0).standard_normal(20))
     order = np.argsort(N * D)
-    runs = {"N": N[order], "D": D[order], "C": 6 * (N * D)[order], "loss": loss[order], "group": np.arange(20)}
+    runs = {
+        "N": N[order],
+        "D": D[order],
+        "C": 6 * (N * D)[order],
+        "loss": loss[order],
+        "group": np.arange(20),
+    }
     report = study(runs, [])
     assert all(low < high for low, high in report["interval"].values())
     inside = [row for row in report["budgets"] if 1e5 < row["N"] < 1e7]
@@ -165,12 +196,14 @@ def test_metrics_are_fitted_with_the_law():
     assert guess[1][0] == pytest.approx(metrics(SMALLER, N, D)[0][0], rel=0.1)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The report.
+
 
 @pytest.fixture(scope="module")
 def report():
-    """What a study says of 4 budgets, 6 sizes and three metrics, almost without noise, and of one budget twice."""
+    """The report on 4 budgets, 6 sizes and three metrics, almost without noise, and on one budget
+    twice."""
     N, D, C, loss = grid(SMALLER, [1e12, 3e12, 1e13, 3e13], sizes=6, noise=0.003, k=2.6, p=0.98)
     group = np.repeat(np.arange(4), 6)
     pjsd, floor = metrics(SMALLER, N, D)
@@ -191,10 +224,15 @@ def test_the_report_finds_a_known_law(report):
     assert report["N_exponent"] == pytest.approx(0.6 / (0.5 + 0.98 * 0.6), rel=0.05)
     for row in report["budgets"]:
         true = optimum(SMALLER, row["C"], k, p)
-        assert row["N"] == pytest.approx(true["N"], rel=0.1) and row["r"] == pytest.approx(true["r"], rel=0.2)
+        assert row["N"] == pytest.approx(true["N"], rel=0.1) and row["r"] == pytest.approx(
+            true["r"], rel=0.2
+        )
         assert row["parabola"]["N"] == pytest.approx(true["N"], rel=0.3)
         assert row["interval"]["kappa"][0] <= row["kappa"] * 1.05 and row["edge"] is None
-        assert row["N_range"][0] < row["N"] < row["N_range"][1] and row["D_range"][0] < row["D"] < row["D_range"][1]
+        assert (
+            row["N_range"][0] < row["N"] < row["N_range"][1]
+            and row["D_range"][0] < row["D"] < row["D_range"][1]
+        )
     assert report["warnings"] == [] and report["excluded"] == ["a note"] and report["runs"] == 30
 
 
@@ -220,13 +258,24 @@ def test_intervals_cover_the_truth():
 def test_the_page_says_what_the_report_knows(report, capsys):
     laws.page(report)
     said = capsys.readouterr().out
-    for text in ("of 30 runs", f"{report['E']:.4g} [", "r* = D*/N*", "kappa", "N within 1%", "3e+13", "n = 3: a",
-                 f"{report['heldout_error']:.2%} off", "two seeds differ", "a note"):
+    for text in (
+        "of 30 runs",
+        f"{report['E']:.4g} [",
+        "r* = D*/N*",
+        "kappa",
+        "N within 1%",
+        "3e+13",
+        "n = 3: a",
+        f"{report['heldout_error']:.2%} off",
+        "two seeds differ",
+        "a note",
+    ):
         assert text in said, text
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Tables, good and bad.
+
 
 def test_csv_and_jsonl_with_any_two_columns_say_the_same(tmp_path):
     seen = []
@@ -240,10 +289,14 @@ def test_csv_and_jsonl_with_any_two_columns_say_the_same(tmp_path):
 
 
 def test_metrics_are_read_from_both(tmp_path):
-    rows = [row | {"pjsd": [0.1, i / 10], "pjsd_floor": [0.0, 0.05]} for i, row in enumerate(table())]
+    rows = [
+        row | {"pjsd": [0.1, i / 10], "pjsd_floor": [0.0, 0.05]} for i, row in enumerate(table())
+    ]
     for name in ("runs.csv", "runs.jsonl"):
         runs, _ = read(write(tmp_path / name, rows))
-        assert runs["pjsd"].tolist() == [row["pjsd"] for row in rows] and runs["pjsd_floor"].shape == (10, 2)
+        assert runs["pjsd"].tolist() == [row["pjsd"] for row in rows] and runs[
+            "pjsd_floor"
+        ].shape == (10, 2)
 
 
 def test_the_order_of_rows_does_not_matter_and_what_is_there_twice_counts_once(tmp_path):
@@ -255,9 +308,14 @@ def test_the_order_of_rows_does_not_matter_and_what_is_there_twice_counts_once(t
 
 
 def test_seeds_are_no_duplicates_and_a_run_tried_again_counts_as_it_ended(tmp_path):
-    rows = [row | {"size": f"s{i % 5}", "budget": 10.0 ** (12 + i // 5), "seed": 0} for i, row in enumerate(table())]
+    rows = [
+        row | {"size": f"s{i % 5}", "budget": 10.0 ** (12 + i // 5), "seed": 0}
+        for i, row in enumerate(table())
+    ]
     failed = {"size": "s0", "budget": 1e12, "seed": 0, "error": "ten steps in a row"}
-    runs, notes = read(write(tmp_path / "a.jsonl", [failed, *rows, rows[1] | {"seed": 1, "loss": 0.05}]))
+    runs, notes = read(
+        write(tmp_path / "a.jsonl", [failed, *rows, rows[1] | {"seed": 1, "loss": 0.05}])
+    )
     assert len(runs["N"]) == 11 and notes == ["1 rows for runs that have a later row"]
     _, notes = read(write(tmp_path / "b.jsonl", [*rows, failed | {"seed": 2}]))
     assert notes == ["s0 at 1e+12 FLOPs: ten steps in a row"]
@@ -276,19 +334,27 @@ def test_runs_that_are_not_numbers_are_left_out_and_named(tmp_path):
         rows[i]["loss"] = bad
     runs, notes = read(write(tmp_path / "runs.csv", rows))
     assert len(runs["N"]) == 8
-    assert notes == [f"row {i}: N, D, C or its loss is not a positive number" for i in (2, 5, 8, 10)]
+    assert notes == [
+        f"row {i}: N, D, C or its loss is not a positive number" for i in (2, 5, 8, 10)
+    ]
 
 
-@pytest.mark.parametrize("rows, message", [
-    (table(budgets=[1e12], sizes=8), "two budgets and six runs; here are 8, 1 and 8"),
-    (table("N D loss", sizes=2), "here are 4, 2 and 4"),
-    ([row | {"N": 1e6} for row in table()], "two sizes, two budgets and six runs; here are 1"),
-    ([row | {"loss": math.nan} for row in table()], "row 10: N, D, C or its loss"),
-    (table("N D"), "needs columns loss and two of N, D, C; has D, N"),
-    (table("N loss"), "needs columns loss and two of N, D, C; has N, loss"),
-    ([], "has none"),
-    ([row | {"pjsd": [0.1] * (i % 2), "pjsd_floor": [0.1]} for i, row in enumerate(table())], "as long in every row"),
-])
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        (table(budgets=[1e12], sizes=8), "two budgets and six runs; here are 8, 1 and 8"),
+        (table("N D loss", sizes=2), "here are 4, 2 and 4"),
+        ([row | {"N": 1e6} for row in table()], "two sizes, two budgets and six runs; here are 1"),
+        ([row | {"loss": math.nan} for row in table()], "row 10: N, D, C or its loss"),
+        (table("N D"), "needs columns loss and two of N, D, C; has D, N"),
+        (table("N loss"), "needs columns loss and two of N, D, C; has N, loss"),
+        ([], "has none"),
+        (
+            [row | {"pjsd": [0.1] * (i % 2), "pjsd_floor": [0.1]} for i, row in enumerate(table())],
+            "as long in every row",
+        ),
+    ],
+)
 def test_a_table_that_makes_no_law_is_one_line(tmp_path, rows, message):
     with pytest.raises(UserError) as error:
         read(write(tmp_path / "runs.jsonl", rows))
@@ -299,12 +365,20 @@ def test_what_is_no_table_is_one_line(tmp_path):
     (tmp_path / "bad.jsonl").write_text("{not json\n")
     (tmp_path / "list.jsonl").write_text("[1, 2]\n")
     (tmp_path / "bytes.csv").write_bytes(b"\xff\xfe\x00")
-    for name, message in (("bad.jsonl", "neither CSV nor JSONL"), ("list.jsonl", "neither CSV nor JSONL"),
-                          ("bytes.csv", "neither CSV nor JSONL"), ("none.csv", "No such file"), (".", "No such file")):
+    for name, message in (
+        ("bad.jsonl", "neither CSV nor JSONL"),
+        ("list.jsonl", "neither CSV nor JSONL"),
+        ("bytes.csv", "neither CSV nor JSONL"),
+        ("none.csv", "No such file"),
+        (".", "No such file"),
+    ):
         with pytest.raises(UserError, match=message):
             read(tmp_path / name)
     done = command("lab.scaling", "fit", tmp_path / "none.csv")
-    assert done.returncode == 2 and done.stderr == f"error: {tmp_path}/none.csv: No such file or directory\n"
+    assert (
+        done.returncode == 2
+        and done.stderr == f"error: {tmp_path}/none.csv: No such file or directory\n"
+    )
 
 
 def fitted(*words):
@@ -325,9 +399,19 @@ def test_an_optimum_at_the_edge_warns(tmp_path, few, capsys):
 def test_json_alone_on_the_screen_and_no_nan_in_it(tmp_path, few, capsys):
     fitted(write(tmp_path / "runs.csv", table()), "--json")
     report = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
-    assert {"E", "A", "B", "alpha", "beta", "interval", "N_exponent", "D_exponent", "heldout_error"} <= set(report)
+    assert {
+        "E",
+        "A",
+        "B",
+        "alpha",
+        "beta",
+        "interval",
+        "N_exponent",
+        "D_exponent",
+        "heldout_error",
+    } <= set(report)
     assert {"C", "N", "D", "r", "kappa", "N_range", "D_range"} <= set(report["budgets"][0])
-    assert report["heldout_error"] is None                       # of two budgets none can be held out
+    assert report["heldout_error"] is None  # of two budgets none can be held out
 
 
 @pytest.mark.parametrize("pjsd", [False, True])
@@ -337,7 +421,10 @@ def test_the_figure_is_drawn(tmp_path, few, pjsd):
     if pjsd:
         values, floor = metrics(SMALLER, *(np.array([row[name] for row in rows]) for name in "ND"))
         values *= np.exp(0.01 * np.random.default_rng(0).standard_normal(values.shape))
-        rows = [row | {"pjsd": v.tolist(), "pjsd_floor": f.tolist()} for row, v, f in zip(rows, values, floor)]
+        rows = [
+            row | {"pjsd": v.tolist(), "pjsd_floor": f.tolist()}
+            for row, v, f in zip(rows, values, floor)
+        ]
     fitted(write(tmp_path / "runs.csv", rows), "--plot", tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(UserError, match="can't write docx"):
@@ -351,14 +438,14 @@ def test_without_matplotlib_it_says_so(tmp_path, few, monkeypatch):
         fitted(write(tmp_path / "runs.csv", table()), "--plot", tmp_path / "figure.png")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # A grid that is run.
 
 TINY = flags(**{name: SMALL[name] for name in SMALL if name not in ("depth", "width", "steps")})
 
 
 def start(patch, *words):
-    """Run a grid of two sizes and two budgets; judged, at once, by a listener that knows nothing."""
+    """Run a grid of two sizes and two budgets, judged by a listener that is not trained."""
     torch.manual_seed(0)
     listener = Listener().eval().requires_grad_(False)
     patch.setattr(scaling, "load_listener", lambda: listener)
@@ -376,7 +463,10 @@ def go(monkeypatch, cache):
 
 def rows(folder):
     """The runs of a folder, without what differs from time to time."""
-    lines = [json.loads(line, parse_constant=str) for line in (folder / "runs.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line, parse_constant=str)
+        for line in (folder / "runs.jsonl").read_text().splitlines()
+    ]
     return [{name: value for name, value in row.items() if name != "seconds"} for row in lines]
 
 
@@ -392,11 +482,20 @@ def straight(cache, tmp_path_factory):
 def test_a_grid_runs_and_each_run_says_what_it_was(straight, few, capsys):
     found = rows(straight)
     assert [(row["size"], row["budget"], row["seed"]) for row in found] == [
-        ("1x16", 1e8, 0), ("1x24", 1e8, 0), ("1x16", 3e8, 0), ("1x24", 3e8, 0), ("1x16", 3e8, 1), ("1x24", 3e8, 1)]
+        ("1x16", 1e8, 0),
+        ("1x24", 1e8, 0),
+        ("1x16", 3e8, 0),
+        ("1x24", 3e8, 0),
+        ("1x16", 3e8, 1),
+        ("1x24", 3e8, 1),
+    ]
     for row in found:
         config, model, _ = load_run(straight / f"{row['size']}-seed{row['seed']}")
         assert row["N"] == sum(p.numel() for p in model.parameters())
-        assert row["C"] == pytest.approx(row["budget"], rel=0.2) and row["6ND"] == 6 * row["N"] * row["D"]
+        assert (
+            row["C"] == pytest.approx(row["budget"], rel=0.2)
+            and row["6ND"] == 6 * row["N"] * row["D"]
+        )
         assert row["hours"] / row["D"] == pytest.approx(config.patch_size / 80 / 3600)
         assert row["epochs"] > 0 and len(row["losses"]) == 10
         assert row["loss"] == pytest.approx(np.mean(list(row["losses"].values())))
@@ -407,7 +506,9 @@ def test_a_grid_runs_and_each_run_says_what_it_was(straight, few, capsys):
 
 def test_a_branch_is_the_run_that_was_so_long_from_the_start(go, straight, tmp_path):
     go("--out", tmp_path / "alone", "--budgets", "3e8", "--sizes", "1x24")
-    assert rows(tmp_path / "alone") == [row for row in rows(straight) if (row["size"], row["budget"]) == ("1x24", 3e8)]
+    assert rows(tmp_path / "alone") == [
+        row for row in rows(straight) if (row["size"], row["budget"]) == ("1x24", 3e8)
+    ]
 
 
 def test_the_same_command_goes_on(go, straight, tmp_path, monkeypatch, capsys):
@@ -419,7 +520,7 @@ def test_the_same_command_goes_on(go, straight, tmp_path, monkeypatch, capsys):
             os.kill(os.getpid(), signal.SIGINT)
         return step(trainer)
 
-    go("--out", straight)                                        # nothing is left to do
+    go("--out", straight)  # nothing is left to do
     assert "0 of 6 runs to do" in capsys.readouterr().out and len(rows(straight)) == 6
     lengths = [row["D"] // (4 * 12) for row in rows(straight)]
     stops = {lengths[0] // 3, lengths[0] + 2, sum(lengths[:2]) + 5}
@@ -446,7 +547,9 @@ def test_a_run_that_fails_is_reported_and_tried_again(go, straight, tmp_path, mo
         go("--out", tmp_path / "again")
     found = rows(tmp_path / "again")
     assert failed.value.code == 1 and [row["error"] for row in found] == 3 * [
-        "its validation loss is not finite", "out of memory"]
+        "its validation loss is not finite",
+        "out of memory",
+    ]
     assert "1x24 at 1e+08 FLOPs failed: out of memory" in capsys.readouterr().err
     monkeypatch.setattr(Trainer, "step", step)
     monkeypatch.setattr(Trainer, "validate", validate)
@@ -471,25 +574,37 @@ def test_each_budget_trains_the_sizes_next_to_its_guess():
         assert len(mine) == 5 * seeds and sizes == sorted(set(sizes)) and sizes[-1] > 5 * sizes[0]
         assert sizes[1] < math.sqrt(budget / 8) < sizes[3]
         for config in mine:
-            assert config.steps * config.batch_size * scaling.count(config)["flops"] == pytest.approx(budget, rel=0.01)
+            assert config.steps * config.batch_size * scaling.count(config)[
+                "flops"
+            ] == pytest.approx(budget, rel=0.01)
 
 
 def test_other_speech_is_judged_from_its_sound(monkeypatch, small):
     seen = []
     monkeypatch.setattr(scaling.eval_pjsd, "recogniser", seen.append)
-    monkeypatch.setattr(scaling.eval_pjsd, "judge_run", lambda words: seen.append((words.run, words.minutes)))
+    monkeypatch.setattr(
+        scaling.eval_pjsd, "judge_run", lambda words: seen.append((words.run, words.minutes))
+    )
     config = small(data="somewhere")
     scaling.make_judge(config, None, None, None, 2.5)(type("Trainer", (), {"config": config}))
     assert seen == ["hama", (config.out, 2.5)]
 
 
-@pytest.mark.parametrize("words, message", [
-    (["--budgets", "1e6"], "too few to mean anything"), (["--budgets", "-1"], "invalid numbers value"),
-    (["--budgets", "1e9,many"], "invalid numbers value"), (["--sizes", "2"], "invalid shapes value"),
-    (["--sizes", "1x100"], "multiple of 64"), (["--each", "0"], "--each must be at least 1"),
-    (["--minutes", "nan"], "--minutes more than 0"), (["--repeat", "5"], "--repeat must be one of"),
-    (["--only", "9x9"], "--only some of --sizes"), (["--nonsense"], "--nonsense"),
-])
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--budgets", "1e6"], "too few to mean anything"),
+        (["--budgets", "-1"], "invalid numbers value"),
+        (["--budgets", "1e9,many"], "invalid numbers value"),
+        (["--sizes", "2"], "invalid shapes value"),
+        (["--sizes", "1x100"], "multiple of 64"),
+        (["--each", "0"], "--each must be at least 1"),
+        (["--minutes", "nan"], "--minutes more than 0"),
+        (["--repeat", "5"], "--repeat must be one of"),
+        (["--only", "9x9"], "--only some of --sizes"),
+        (["--nonsense"], "--nonsense"),
+    ],
+)
 def test_a_grid_that_makes_no_sense_is_refused(go, tmp_path, words, message):
     with pytest.raises(UserError, match=message):
         go("--out", tmp_path / "runs", *words)
@@ -498,7 +613,10 @@ def test_a_grid_that_makes_no_sense_is_refused(go, tmp_path, words, message):
 
 def test_a_dry_run_says_how_long_and_does_nothing(go, tmp_path, capsys):
     go("--out", tmp_path / "runs", "--dry-run")
-    assert "6 of 6 runs to do: about 0 min" in capsys.readouterr().out and not (tmp_path / "runs").exists()
+    assert (
+        "6 of 6 runs to do: about 0 min" in capsys.readouterr().out
+        and not (tmp_path / "runs").exists()
+    )
 
 
 def test_torchrun_is_for_cdslm(go, tmp_path, monkeypatch):
