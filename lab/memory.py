@@ -95,13 +95,14 @@ def memory(corpus, generated, true, heldout=None, hours=10):
     if heldout is None:
         return found
 
-    # As much held-out speech as there is training speech, or as much training speech as held-out.
-    known = sum(length for _, _, length in long_runs(corpus))
-    clips = heldout[:max(1, known // heldout.shape[1])]
+    # As many clips of training speech as of held-out speech, equally long: as many seconds to be
+    # near to.
+    count_heldout, length = heldout.shape[:2]
+    pieces = training_speech(corpus, count_heldout * length, 1)
+    known = [clip for mel in pieces for clip in mel.split(length) if len(clip) == length]
     seconds = middles(generated)
-    to_heldout = nearest(seconds, clips)
-    as_much = training_speech(corpus, clips.shape[0] * clips.shape[1], 1)
-    to_training = nearest(seconds, as_much)
+    to_training = nearest(seconds, known)
+    to_heldout = nearest(seconds, heldout[:len(known)])
     share = float((to_training < to_heldout).float().mean())
     chance = 0.5 / math.sqrt(count)
     found["nearer_than_heldout"] = share

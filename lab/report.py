@@ -33,13 +33,13 @@ def number(value, form):
 
 def line(name, values, form):
     """Print a row of a table."""
-    print(f"{name:<22}" + "".join(f"{number(v, form):>9}" for v in values))
+    print(f"{name:<26}" + "".join(f"{number(v, form):>9}" for v in values))
 
 
 def divergence_table(report):
     """pJSD for each n, what belongs to it, and the nulls' values."""
     lacking = [n for n, times in zip(report["n"], report["enough"]) if times > 1]
-    print(f"{'n':<22}" + "".join(f"{n:>8}{'*' if n in lacking else ' '}" for n in report["n"]))
+    print(f"{'n':<26}" + "".join(f"{n:>8}{'*' if n in lacking else ' '}" for n in report["n"]))
     low, high = zip(*report["interval"])
     rows = report | {"from": low, "to": high}
     for key, name in ROWS.items():
