@@ -6,8 +6,9 @@
 
 Each file is the context followed by the generated continuation. A continuation that is longer than
 the model's window is generated window by window and decoded as a whole, so no seam is audible. Of a
-long prompt, the model sees the end; what comes before is copied from the recording. The same command writes the same files on the same machine. Files that are written to the run folder, as
-they are without --out, also appear on its page: open RUN/index.html in a browser.
+long prompt, the model sees the end; what comes before is copied from the recording. The same
+command writes the same files on the same machine. Files that are written to the run folder, as they
+are without --out, also appear on its page: open RUN/index.html in a browser.
 """
 import math
 import shlex
@@ -42,9 +43,9 @@ def parse(argv=None):
                         help="another seed gives another continuation [0]")
     parser.add_argument("--device", default="auto",
                         help="cuda, mps, cpu; auto: the first that is available")
-    parser.add_argument("--out", type=Path, help="WAV file to write, or a folder for it; with --num "
-                                                 "above 1, x.wav becomes x-1.wav, ... "
-                                                 "[RUN/continued.wav]")
+    parser.add_argument("--out", type=Path,
+                        help="WAV file to write, or a folder for it; with --num above 1, x.wav "
+                             "becomes x-1.wav, ... [RUN/continued.wav]")
     arguments = parser.parse_args(argv)
 
     if arguments.num is None:
