@@ -1,6 +1,6 @@
 """plan: what a run will take, before it is run: parameters, FLOPs, memory, time.
 
-    python -m lab.plan --size 16b --parallel fsdp --devices 64    no data is read, no memory is taken
+    python -m lab.plan --size 16b --parallel fsdp --devices 64    reads no data, takes no memory
     python -m lab.plan --size small --print-params                each parameter's role and rates
 
 It takes every flag of cdslm.py, and `python cdslm.py --dry-run` is the same program.
@@ -12,36 +12,53 @@ import time
 
 import torch
 
-from cdslm import (GUIDED, STEPS, Diffusion, MMDiT, UserError, check_division, cli, config_parser,
-                   count, decide, levels, make_optimizers, ranks, role, to_config)
+from cdslm import (GUIDED, STEPS, Diffusion, MMDiT, UserError, autocast, check_division, cli,
+                   config_parser, count, decide, levels, make_optimizers, ranks, role, to_config)
 
-KEPT = {torch.float32: 92, torch.bfloat16: 58}  # bytes that a token leaves in a block for the backward pass, over d
+KEPT = {torch.float32: 92, torch.bfloat16: 58}    # bytes per token and channel kept in a block
 
 
 def memory(config, devices, device, dtype):
-    """GiB on each device at the peak of a step: the weights with their average, gradients, the optimiser's state, what
-    the forward pass keeps for the backward pass, the total; and that if blocks are computed again."""
+    """{part: GiB} on each device at the peak of a step: weights with their EMA, gradients, the
+    optimiser's state, activations kept for the backward pass, the total; and the total with
+    activation checkpointing."""
     with torch.device("meta"):
         model = MMDiT(config)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     whole, item = sum(sizes.values()), dtype.itemsize
-    matrices = sum(n for name, n in sizes.items() if role(model, name) == "hidden") if config.optimizer == "muon" else 0
-    share = devices if config.parallel == "fsdp" else 1
-    cast = 0 if item == 4 else item * whole                                   # autocast's copies, made once a step
-    if share > 1:
-        cast = 2 * item * max(sum(p.numel() for p in block.parameters()) for block in model.blocks)  # two are gathered
+    matrices = 0
+    if config.optimizer == "muon":
+        matrices = sum(n for name, n in sizes.items() if role(model, name) == "hidden")
+
+    # Copies of the weights in `dtype`: autocast's, or those of the two blocks that FSDP2 gathers.
+    sharded = config.parallel == "fsdp" and devices > 1
+    share = devices if sharded else 1
+    cast = 0 if item == 4 else item * whole
+    if sharded:
+        blocks = [sum(p.numel() for p in block.parameters()) for block in model.blocks]
+        cast = 2 * item * max(blocks)
+
     windows = config.micro_batch or max(1, config.batch_size // devices)
-    accumulated = 4 * whole if share > 1 and windows * devices < config.batch_size else 0   # not yet exchanged
+    accumulated = 0                                   # gradients that are not yet exchanged
+    if sharded and windows * devices < config.batch_size:
+        accumulated = 4 * whole
     frames = config.ctx_frames + config.gen_frames
     tokens, heads = frames // config.patch_size, model.blocks[0].heads
-    block = windows * tokens * (KEPT[dtype] * config.width + (item * heads * tokens if device.type == "cpu" else 0))
-    ends = windows * frames * config.channels * 4 * 8                         # speech, noise, prediction and the like
-    ends += block // 2                                                        # gradients on their way through a block
-    again = windows * tokens * config.width * item * config.depth + block + ends
-    need = {"weights": 8 * whole / share + cast, "gradients": 4 * whole / share + accumulated,
-            "optimiser": (8 * whole - 4 * matrices) / share, "activations": config.depth * block + ends}
+    scores = item * heads * tokens if device.type == "cpu" else 0
+    block = windows * tokens * (KEPT[dtype] * config.width + scores)
+    ends = windows * frames * config.channels * 4 * 8         # speech, noise, prediction and others
+    ends += block // 2                                        # gradients on their way
+    recomputed = windows * tokens * config.width * item * config.depth + block + ends
+
+    need = {
+        "weights": 8 * whole / share + cast,
+        "gradients": 4 * whole / share + accumulated,
+        "optimiser": (8 * whole - 4 * matrices) / share,
+        "activations": config.depth * block + ends,
+    }
     need["total"] = sum(need.values())
-    need["total with --checkpoint-activations"] = need["total"] - need["activations"] + again
+    saved = need["activations"] - recomputed
+    need["total with --checkpoint-activations"] = need["total"] - saved
     return {name: size / 2 ** 30 for name, size in need.items()}
 
 
@@ -54,11 +71,14 @@ def afford(config, device, dtype):
         there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     else:
         return
-    total = need["total with --checkpoint-activations" if config.checkpoint_activations else "total"]
+    total = need["total"]
+    if config.checkpoint_activations:
+        total = need["total with --checkpoint-activations"]
     if total > there / 2 ** 30:
         parts = ", ".join(f"{name} {need[name]:.3g}" for name in list(need)[:4])
-        raise UserError(f"--size {config.size} needs {total:.3g} GiB on each device ({parts}), and this one has "
-                        f"{there / 2 ** 30:.3g}; see --dry-run with --devices, --parallel fsdp, --micro-batch")
+        raise UserError(f"--size {config.size} needs {total:.3g} GiB on each device ({parts}), and "
+                        f"this one has {there / 2 ** 30:.3g}; see --dry-run with --devices, "
+                        "--parallel fsdp, --micro-batch")
 
 
 def facts(config, devices, tflops):
@@ -106,31 +126,35 @@ def human(name, value):
 
 
 def print_params(config):
-    """Name, shape, role, learning rate and weight decay of every parameter."""
+    """Print name, shape, role, learning rate and weight decay of every parameter."""
     with torch.device("meta"):
         model = MMDiT(config)
-    groups = {parameter: group for optimizer in make_optimizers(model, config) for group in optimizer.param_groups
-              for parameter in group["params"]}
+    groups = {}
+    for optimizer in make_optimizers(model, config):
+        for group in optimizer.param_groups:
+            groups |= dict.fromkeys(group["params"], group)
     for name, parameter in model.named_parameters():
         shape, group = "x".join(map(str, parameter.shape)), groups[parameter]
-        print(f"{name:28} {shape:>12}  {role(model, name):7} lr {group['lr']:.3g}  wd {group['weight_decay']:.3g}")
+        rates = f"lr {group['lr']:.3g}  wd {group['weight_decay']:.3g}"
+        print(f"{name:28} {shape:>12}  {role(model, name):7} {rates}")
 
 
 def seconds_a_step(config, device, dtype):
-    """Seconds that a training step takes here: the fastest of four, which leave nothing behind."""
-    model = MMDiT(config).to(device)
-    optimizers, diffusion = make_optimizers(model, config, dtype), Diffusion(config)
+    """Seconds of a training step here: the fastest of four, which leave nothing behind."""
+    model, diffusion = MMDiT(config).to(device), Diffusion(config)
+    optimizers = make_optimizers(model, config, dtype)
     micro = config.micro_batch or config.batch_size
-    ctx, x0 = (torch.randn(micro, n, config.channels, device=device) for n in (config.ctx_frames, config.gen_frames))
+    ctx = torch.randn(micro, config.ctx_frames, config.channels, device=device)
+    x0 = torch.randn(micro, config.gen_frames, config.channels, device=device)
+    phi, estimate = torch.ones(micro, device=device), config.self_condition > 0
     times = [time.perf_counter()]
     for _ in range(4):
         for _ in range(config.batch_size // micro):
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                guess = config.self_condition > 0
-                diffusion.loss(model, x0, ctx, torch.ones(micro, device=device), x0, guess).mean().backward()
+            with autocast(device, dtype):
+                diffusion.loss(model, x0, ctx, phi, x0, estimate).mean().backward()
         for optimizer in optimizers:
             optimizer.step()
-        torch.zeros(1, device=device).item()                                  # a GPU is not done when it has its orders
+        torch.zeros(1, device=device).item()          # waits for the device
         times.append(time.perf_counter())
     return min(b - a for a, b in itertools.pairwise(times))
 

@@ -3,7 +3,6 @@ import collections
 import concurrent.futures
 import contextlib
 import errno
-import math
 import multiprocessing
 import os
 import pickle
