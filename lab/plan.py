@@ -166,7 +166,7 @@ def parse(argv=None):
     group.add_argument("--dry-run", action="store_true", help="this program's job: print the plan")
     group.add_argument("--print-params", action="store_true",
                        help="print each parameter's shape, role, learning rate and weight decay")
-    group.add_argument("--devices", type=int, default=0, help="plan for so many GPUs [this machine]")
+    group.add_argument("--devices", type=int, default=0, help="plan for so many GPUs [here]")
     group.add_argument("--tflops", type=float, default=400.0,
                        help="what each sustains; 400 is two fifths of an H100's bf16 peak [400]")
     group.add_argument("--json", action="store_true", help="print the plan as JSON")
