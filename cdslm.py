@@ -1019,7 +1019,7 @@ def pitch(magnitude, low=60, high=420):
 def pulses(hertz, start, phase):
     """Pitch (B, T) -> pulse train (B, 300 T) with harmonics up to 12 kHz, and its phase in cycles
     (B, 300 T), which is `phase` (B, 1) at frame `start`."""
-    hertz = hertz[:, None].cpu().double()                   # on the CPU: not MPS has no doubles
+    hertz = hertz[:, None].cpu().double()                   # on the CPU: MPS has no doubles
     hertz = F.interpolate(hertz, scale_factor=HOP, mode="linear")[:, 0]
     cycles = F.pad((hertz / RATE).cumsum(1), (1, 0))
     cycles = cycles[:, 1:] - cycles[:, start * HOP, None] + phase
@@ -1192,9 +1192,9 @@ def read_audio(path, start=0, stop=math.inf):
         with soundfile.SoundFile(path) as file:
             rate = file.samplerate
             end = math.ceil(min(file.frames, stop * rate))
-            scale = full_scale(path, file.subtype)
             if not 8000 <= rate <= 192_000:
                 raise UserError(f"{path}: {rate} Hz is outside 8 to 192 kHz")
+            scale = full_scale(path, file.subtype, os.stat(path).st_mtime_ns)
             for at in range(start * rate, end, 60 * rate):
                 # Minutes overlap by a second, so that resampling makes no edge between them.
                 before = min(at, rate)
@@ -1213,8 +1213,10 @@ def read_audio(path, start=0, stop=math.inf):
         raise UserError(f"{path}: not readable as audio ({reason(error)})") from None
 
 
-def full_scale(path, subtype):
-    """1, or 32768 for a file of floats that holds 16-bit integers."""
+@functools.lru_cache(maxsize=64)
+def full_scale(path, subtype, modified):
+    """1, or 32768 for a file of floats that holds 16-bit integers. A long recording is read in many
+    parts, but searched for its peak once, unless it was `modified` since."""
     if subtype not in ("FLOAT", "DOUBLE"):
         return 1
     peak = max((np.abs(block).max() for block in soundfile.blocks(path, 2 ** 20)), default=0)
@@ -1733,24 +1735,21 @@ def newest(folder):
 def resume_point(folder, config):
     """The newest checkpoint from which a run of `config.steps` can go on; None for a new run. A run
     whose learning rate has already decayed, to fewer steps, goes back to the trunk."""
-    seen = dict(read_checkpoints(folder))
-    latest = folder / CHECKPOINTS[0]
-    if seen and latest.exists() and latest.name not in seen:
-        os.replace(latest, f"{latest}.damaged")               # so that no save makes it "previous"
-    for found in seen.values():
+    latest, steps, fits = folder / CHECKPOINTS[0], [], []
+    for name, found in read_checkpoints(folder):              # read one by one: they may be large
+        if not steps and name != latest.name and latest.exists():
+            os.replace(latest, f"{latest}.damaged")           # so that no save makes it "previous"
         if found["steps"] == config.steps:
             return found
-    fits = []
-    for found in seen.values():
+        steps.append(found["step"])
         limit = config.steps
         if config.lr_schedule == "wsd":
             limit = decay_start(min(config.steps, found["steps"]))
         if found["step"] <= limit:
             fits.append(found)
-    if seen and not fits:
-        step = max(found["step"] for found in seen.values())
+    if steps and not fits:
         raise UserError(f"{folder} is past what --steps {config.steps} can go on from, at step "
-                        f"{step}; ask for more steps, or choose another --out")
+                        f"{max(steps)}; ask for more steps, or choose another --out")
     return max(fits, key=lambda found: found["step"], default=None)
 
 
@@ -1781,8 +1780,8 @@ def check_out(config):
         if differ:
             raise UserError(f"--out {folder} holds another run ({', '.join(differ)}); choose "
                             "another --out")
-        python, _, method = method_fingerprint().partition(" ")
-        if code.startswith(python + " ") and code != method_fingerprint():
+        mine = method_fingerprint()
+        if code.split()[:1] == mine.split()[:1] and code != mine:             # of one Python
             raise UserError(f"--out {folder}: the code of Part I has changed since this run began; "
                             "choose another --out")
         if config.minutes and saved.minutes:
@@ -2007,15 +2006,6 @@ class ManyDevices(OneDevice):
         return packed[0]
 
 
-def spread(model, config, device, dtype):
-    """A model over all ranks: a copy on each (DDP), or a shard of it (FSDP2)."""
-    if config.parallel == "fsdp":
-        return shard(model, device, dtype)
-    # Weights that only self-conditioning uses have no gradient in the other steps.
-    return DistributedDataParallel(model, gradient_as_bucket_view=True,
-                                   find_unused_parameters=config.self_condition > 0)
-
-
 def shard(model, device, dtype):
     """A copy of a model, in shards over all ranks, with rank 0's weights. Blocks are gathered when
     they are needed, in `dtype`; gradients are averaged and weights updated in float32."""
@@ -2209,27 +2199,32 @@ class Trainer:
             model = MMDiT(config)
         model.silence.copy_(autoencoder.silence())
         if sharded:
-            self.model = self.network = spread(model, config, device, dtype)
-            self.ema = spread(model, config, device, dtype)
+            self.model = self.network = shard(model, device, dtype)
+            self.ema = shard(model, device, dtype)
         else:
             self.ema = copy.deepcopy(model).to(device)
             self.model = self.network = model.to(device)
             if dist.is_initialized():
-                self.network = spread(self.model, config, device, dtype)
+                # Weights that only self-conditioning uses have no gradient in the other steps.
+                self.network = DistributedDataParallel(
+                    self.model, gradient_as_bucket_view=True,
+                    find_unused_parameters=config.self_condition > 0)
         self.ema.eval().requires_grad_(False)
         if config.compile:
             self.network = compiled(self.network, device)
 
         self.diffusion = Diffusion(config)
         self.optimizers = make_optimizers(self.model, config, dtype)
-        self.size, self.batches = count(config), None
+        self.size, self.hours, self.batches = count(config), corpus.hours("train"), None
         self.done = self.guessed = 0                          # steps; those with self-conditioning
         self.skipped = self.failed = 0                        # not finite: in all, and in a row
 
     @property
     def stopped(self):
         """Whether a signal has asked any rank to stop, as known after the last step."""
-        return bool(getattr(self.hardware, "stop", self.signals))
+        if dist.is_initialized():
+            return self.hardware.stop
+        return bool(self.signals)
 
     @property
     def late(self):
@@ -2292,7 +2287,7 @@ class Trainer:
         flops += config.batch_size * surplus * self.size["flops_guess"]
         return {"step": self.done, "loss": loss, "gradient": norm, "lr": lr,
                 "skipped": self.skipped, "tokens": windows * self.size["tokens"], "flops": flops,
-                "hours": hours, "epochs": hours / self.corpus.hours("train")}
+                "hours": hours, "epochs": hours / self.hours}
 
     @torch.no_grad()
     def validate(self, number=VALIDATION_WINDOWS):

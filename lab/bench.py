@@ -14,6 +14,7 @@ a table.
 `--quick` measures something small, to see that it works. OMP_NUM_THREADS sets the threads.
 """
 import contextlib
+import dataclasses
 import os
 import re
 import resource
@@ -32,6 +33,7 @@ from torch import nn
 from cdslm import (FFT, FLOOR, FRAME_RATE, HOP, MELS, RATE, WINDOW, AudioAutoencoder, Config,
                    Diffusion, MMDiT, Parser, Trainer, UserError, autocast, cli, count, decide,
                    load_run, log_mel, make_optimizers, open_corpus, read_config, rotary, sample)
+from lab.plan import command_line
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -474,17 +476,8 @@ def bench_startup(quick, run):
 
 def first_step(folder, config):
     """Seconds until a run of this configuration in this folder has done a step."""
-    usual = vars(Config(config.size))
-    words = ["--size", config.size]
-    for name, value in vars(config).items():
-        if value == usual[name] or name in ("size", "out"):
-            continue
-        words.append("--" + name.replace("_", "-"))
-        if isinstance(value, list):
-            words += map(str, value)
-        elif value is not True:                               # a switch has no value
-            words.append(str(value))
-    command = [sys.executable, ROOT / "cdslm.py", *words, "--out", folder]
+    words = command_line(dataclasses.replace(config, out=folder))
+    command = [sys.executable, ROOT / "cdslm.py", *words]
     begun = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
                           text=True) as process:

@@ -13,8 +13,9 @@ from html import escape
 from pathlib import Path
 from urllib.parse import quote
 
-from cdslm import (FRAME_RATE, Config, Parser, UserError, cli, count, log_mel, read_audio,
+from cdslm import (FRAME_RATE, Parser, UserError, cli, count, log_mel, read_audio,
                    read_config, replacing)
+from lab.plan import command_line
 
 STYLE = """
 :root { color-scheme: light dark } table { border-collapse: collapse }
@@ -147,16 +148,7 @@ def losses(folder):
 
 def making(config):
     """The command that trains such a run, and all its settings."""
-    usual = dataclasses.asdict(Config(size=config.size))
-    words = ["python", "cdslm.py", "--size", config.size]
-    for name, value in dataclasses.asdict(config).items():
-        if value == usual[name]:
-            continue
-        words.append("--" + name.replace("_", "-"))
-        if isinstance(value, list):
-            words += map(str, value)
-        elif value is not True:                               # a switch has no value
-            words.append(str(value))
+    words = ["python", "cdslm.py", *command_line(config)]
     settings = escape(json.dumps(dataclasses.asdict(config), indent=2))
     return (f"<pre>{escape(shlex.join(words))}</pre>"
             f"<details><summary>settings</summary><pre>{settings}</pre></details>")

@@ -12,8 +12,9 @@ import time
 
 import torch
 
-from cdslm import (GUIDED, STEPS, Diffusion, MMDiT, UserError, autocast, check_division, cli,
-                   config_parser, count, decide, levels, make_optimizers, ranks, role, to_config)
+from cdslm import (GUIDED, STEPS, Config, Diffusion, MMDiT, UserError, autocast, check_division,
+                   cli, config_parser, count, decide, levels, make_optimizers, ranks, role,
+                   to_config)
 
 KEPT = {torch.float32: 92, torch.bfloat16: 58}    # bytes per token and channel kept in a block
 
@@ -157,6 +158,20 @@ def seconds_a_step(config, device, dtype):
         torch.zeros(1, device=device).item()          # waits for the device
         times.append(time.perf_counter())
     return min(b - a for a, b in itertools.pairwise(times))
+
+
+def command_line(config):
+    """The flags of cdslm.py that give this configuration, as a list of words."""
+    usual, words = vars(Config(size=config.size)), ["--size", config.size]
+    for name, value in vars(config).items():
+        if value == usual[name]:
+            continue
+        words.append("--" + name.replace("_", "-"))
+        if isinstance(value, list):
+            words += map(str, value)
+        elif value is not True:                               # a switch has no value
+            words.append(str(value))
+    return words
 
 
 def parse(argv=None):
