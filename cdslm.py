@@ -87,6 +87,8 @@ class Config:
     data: str = opt("toy", "folders of recordings, or toy: invented languages", section="data")
     toy_words: int = opt(16, "toy speech: words in each invented language", least=2)
     toy_languages: int = opt(2, "toy speech: number of languages", least=1)
+    toy_grammar: str = opt("words", "toy speech: pairs of words, or conversations of 36 words",
+                           "words", "topics")
     toy_hours: float = opt(3.0, "toy speech: hours to synthesise", above=0)
     ctx_seconds: float = opt(None, "seconds of context that the model sees", above=0)
     gen_seconds: float = opt(None, "seconds that it generates at once", above=0)
@@ -1185,13 +1187,16 @@ def resample(wave, rate, new_rate=RATE):
 
 def read_audio(path, start=0, stop=math.inf):
     """Yield seconds `start` to `stop` of a recording, a minute at a time: mono, 24 kHz, float32
-    (N,). Raises UserError if it can't be read or holds NaN."""
+    (N,). Raises UserError if it can't be read or holds NaN, and after the last minute if there is
+    more in the file than that."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
     try:
-        with soundfile.SoundFile(path) as file:
-            rate = file.samplerate
+        with (open(path, "rb") as disk,
+              soundfile.SoundFile(disk.fileno(), closefd=False) as file):
+            rate, size = file.samplerate, os.fstat(disk.fileno()).st_size
             end = math.ceil(min(file.frames, stop * rate))
+            done = start * rate
             if not 8000 <= rate <= 192_000:
                 raise UserError(f"{path}: {rate} Hz is outside 8 to 192 kHz")
             scale = full_scale(path, file.subtype, os.stat(path).st_mtime_ns)
@@ -1202,13 +1207,21 @@ def read_audio(path, start=0, stop=math.inf):
                     file.seek(at - before)
                 count = min(61 * rate, end - at) + before
                 piece = file.read(count, dtype="float32", always_2d=True)
-                if len(piece) <= before:                      # the header promised more
+                done = at + len(piece) - before
+                if done <= at:                                # the header promised more
                     break
                 if not np.isfinite(piece).all():
                     raise UserError(f"{path}: contains NaN or infinite samples")
                 samples = -(-min(60 * rate, len(piece) - before) * RATE // rate)
                 mono = torch.from_numpy(to_mono((piece / scale).clip(-1, 1)))
                 yield resample(mono, rate)[before * RATE // rate:][:samples]
+
+            # libsndfile reads as far as the header says, which may be wrong: of files that were
+            # joined, or of an mp3 that does not state its length.
+            unread = size - os.lseek(disk.fileno(), 0, os.SEEK_CUR)
+            if done < end or (end == file.frames and unread > 4096 + 0.02 * size):
+                raise UserError(f"{path}: only its first {done / rate:.0f} s can be read; convert "
+                                "it: ffmpeg -i FILE FILE.flac")
     except (soundfile.SoundFileError, OSError, RuntimeError, ValueError) as error:
         raise UserError(f"{path}: not readable as audio ({reason(error)})") from None
 
@@ -1352,9 +1365,10 @@ def places(data):
 
 
 def toy_source(config):
-    """The toy corpus: utterances of 20 s, or longer where windows are, each by its own speaker."""
-    toyspeech, seconds = lab("toyspeech"), 20.0
-    toy = toyspeech.ToySpeech(config.toy_languages, config.toy_words)
+    """The toy corpus: utterances of 20 s (conversations: 60 s), or longer where windows are, each
+    by speakers of its own."""
+    toy = lab("topics").toy_speech(config)
+    words, seconds = len(toy.languages[0].words), toy.seconds
     while seconds < 1.25 * (config.ctx_seconds + config.gen_seconds):
         seconds += 10
     count = max(2, round(config.toy_hours * 3600 / seconds))
@@ -1364,10 +1378,10 @@ def toy_source(config):
 
     clips = [Clip(f"utterance {i}", seconds, functools.partial(read, i)) for i in range(count)]
     bits = [f"{toy.entropy_per_phone(i):.2f}" for i in range(config.toy_languages)]
-    print(f"toy speech, version {toyspeech.VERSION}: {config.toy_words} words per language, "
+    print(f"toy speech, version {toy.version}: {words} words per language, "
           f"{', '.join(bits)} bits per phone")
-    name = f"toy-{config.toy_languages}x{config.toy_words}-{count}x{seconds:.0f}s"
-    return Source("toy", name, f"{CACHE_VERSION} {toyspeech.VERSION}", clips, {})
+    name = f"{toy.name}-{config.toy_languages}x{words}-{count}x{seconds:.0f}s"
+    return Source("toy", name, f"{CACHE_VERSION} {toy.version}", clips, {})
 
 
 def find_recordings(root, skipped):
@@ -1464,12 +1478,16 @@ def build_cache(source):
                 if old.read_text(encoding="utf-8") == printable(source.place):
                     print(f"{source.place} has changed since it was cached; its old cache "
                           f"{old.parent} can be deleted if no run uses it")
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "place").write_text(printable(source.place), encoding="utf-8")
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "place").write_text(printable(source.place), encoding="utf-8")
+        return fill_cache(source, folder)
     except OSError as error:
         raise UserError(f"cache {folder}: {error.strerror}; set CDSLM_CACHE to a folder that can "
                         "be written") from None
 
+
+def fill_cache(source, folder):
+    """Write the shards that are not there yet, and open all."""
     # Which clips belong to which shard.
     plan, total = {}, 0.0
     for clip in source.clips:
@@ -1667,7 +1685,7 @@ def open_corpus(config):
     if corpus.skipped:
         named = [f"{name} ({why})" for name, why in list(corpus.skipped.items())[:5]]
         more = "; ..." if len(corpus.skipped) > 5 else ""
-        print(f"skipped {len(corpus.skipped)} files that can't be used: {'; '.join(named)}{more}")
+        print(f"{len(corpus.skipped)} files can't be used, or not whole: {'; '.join(named)}{more}")
     train, valid = corpus.hours("train"), corpus.hours("valid")
     unused = sum(len(shard["mel"]) for shard in corpus.shards) / FRAME_RATE / 3600 - train - valid
     print(f"{train:.2f} hours of speech for training, {valid:.2f} for validation"
@@ -2097,6 +2115,7 @@ VALIDATION_WINDOWS = 64
 ANGLES = [math.pi / 2 * (i + 0.5) / 10 for i in range(10)]    # noise levels of the validation
 WARM, TRIAL = 10, 40                  # the speed is measured between these steps
 SAVE_SECONDS = 600                    # a checkpoint at least this often
+DIVERGED = 100                        # no training recovers from such a loss; it begins at about 1
 
 
 def fit_autoencoder(config, corpus, device, dtype=torch.float32):
@@ -2267,14 +2286,13 @@ class Trainer:
             self.batches = self.micro_batches()
         loss, norm = training_step(self.network, self.ema, self.optimizers, self.diffusion, config,
                                    self.done, self.batches, self.hardware)
-        if math.isfinite(loss + norm):
-            self.failed = 0
-        else:
-            self.skipped += 1
-            self.failed += 1
-            if self.failed == 10:
-                raise UserError("ten steps in a row without a finite loss; the last checkpoint is "
-                                "whole. Try a lower --lr or --muon-lr, or --dtype fp32")
+        finite = math.isfinite(loss + norm)
+        self.skipped += not finite
+        self.failed = 0 if finite and loss < DIVERGED else self.failed + 1
+        if self.failed == 10:
+            raise UserError(f"ten steps in a row with a loss above {DIVERGED} or not finite: it has "
+                            "diverged. Try a lower --lr or --muon-lr, or --dtype fp32, in another "
+                            "--out")
 
         self.guessed += self_conditions(config, self.done)
         lr = config.lr * lr_factor(config, self.done)

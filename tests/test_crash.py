@@ -234,13 +234,15 @@ def test_a_disk_without_room_stops_the_run_with_one_line(tmp_path, little, monke
         assert "Traceback" not in done.stderr and not list(little.rglob("*.tmp"))
 
 
-@pytest.mark.parametrize("name", ["checkpoint.pt", "log.jsonl"])
-def test_a_disk_that_is_full_in_mid_run_costs_nothing_that_was_saved(mute, small, tmp_path, monkeypatch, capsys, name):
+@pytest.mark.parametrize("name, number", [("checkpoint.pt", errno.ENOSPC), ("checkpoint.pt", errno.EDQUOT),
+                                          ("log.jsonl", errno.ENOSPC)])
+def test_a_disk_that_is_full_in_mid_run_costs_nothing_that_was_saved(mute, small, tmp_path, monkeypatch, capsys,
+                                                                     name, number):
     config = small(steps=8, eval_every=2)
     good, sync = torch.save, os.fsync
 
     def full(*arguments):
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise OSError(number, os.strerror(number))
 
     def save_first(contents, path):
         if contents.get("step") == 6 and name == "checkpoint.pt":
@@ -260,7 +262,7 @@ def test_a_disk_that_is_full_in_mid_run_costs_nothing_that_was_saved(mute, small
         cdslm.cli(lambda: train(config))
     assert stopped.value.code == 2
     said = capsys.readouterr().err.splitlines()
-    assert said[-1].startswith("error: ") and "No space left" in said[-1]
+    assert said[-1].startswith("error: ") and os.strerror(number) in said[-1]
     assert load(tmp_path / "run/checkpoint.pt")["step"] == 4 and not list(tmp_path.rglob("*.tmp"))
     del stopped                                                        # its traceback holds the run's lock
     monkeypatch.undo()
@@ -286,6 +288,19 @@ def test_ten_bad_steps_in_a_row_stop_the_run(mute, small, tmp_path, monkeypatch)
     train(config)
     assert [row["step"] for row in log(tmp_path / "run")] == list(range(1, 21))
     assert log(tmp_path / "run")[-1]["skipped"] == 9
+
+
+def test_a_loss_that_only_grows_is_not_called_whole(mute, small, tmp_path, monkeypatch):
+    frames = cdslm.Trainer.frames
+
+    def spoilt(trainer, mel):
+        ctx, x0 = frames(trainer, mel)
+        return ctx, x0 * 1e13 ** (trainer.done >= 3)
+
+    monkeypatch.setattr(cdslm.Trainer, "frames", spoilt)
+    with pytest.raises(UserError, match="above 100 or not finite: it has diverged.*another --out"):
+        train(small(steps=30, eval_every=30))
+    assert [row["skipped"] for row in log(tmp_path / "run")] == 12 * [0]
 
 
 def test_two_runs_make_one_cache(small, monkeypatch):

@@ -18,7 +18,7 @@ DOCS = ("exercises", "notebook", "results", "fidelity", "faults", "stories")
 PAGES = [README, *(ROOT / f"docs/{name}.md" for name in DOCS)]
 PROGRAMS = ["sample.py", "eval_pjsd.py"]
 PROGRAMS += [f"lab/{path.name}" for path in (ROOT / "lab").glob("*.py")]
-TEST = "pip install -r requirements.txt pytest && python -m pytest\n"
+TEST = "pip install -r requirements.txt pytest pytest-xdist && python -m pytest -n auto\n"
 USED = ("depth", "width", "toy_hours", "decoder", "ctx_seconds", "gen_seconds")
 FEW = flags(**{key: SMALL[key] for key in USED})
 

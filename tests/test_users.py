@@ -217,6 +217,75 @@ def test_floats_in_the_scale_of_integers_are_not_clipped(tmp_path, scale, expect
 
 
 # --------------------------------------------------------------------------------------------------
+# 6. Recordings that libsndfile reads only in part.
+
+def joined(path, **options):
+    """Three recordings of 10 s, one after the other in one file."""
+    parts = []
+    for number in range(3):
+        record(path, 10, number, 24_000, **options)
+        parts.append(path.read_bytes())
+    path.write_bytes(b"".join(parts))
+
+
+def without_length(path):
+    """An mp3 of variable bit rate whose header does not state its length: loud, then quiet."""
+    wave = speech_like(32, 24_000)
+    wave[12 * 24_000:22 * 24_000] *= 0.001
+    soundfile.write(path, wave, 24_000, bitrate_mode="VARIABLE", compression_level=0.3)
+    path.write_bytes(path.read_bytes().replace(b"Xing", bytes(4)))
+
+
+def too_short_a_header(path):
+    """A WAV of 30 s whose header says 10 s."""
+    record(path, 30, rate=24_000)
+    data = bytearray(path.read_bytes())
+    at = data.index(b"data") + 4
+    data[at:at + 4] = (10 * 48_000).to_bytes(4, "little")
+    path.write_bytes(data)
+
+
+def no_length(path):
+    """A FLAC that was written to a pipe: its header has no length."""
+    record(path, 30, rate=24_000)
+    data = bytearray(path.read_bytes())
+    data[21] &= 0xF0
+    data[22:26] = bytes(4)
+    path.write_bytes(data)
+
+
+def shortened(path):
+    record(path, 30, rate=24_000)
+    data = path.read_bytes()
+    path.write_bytes(data[:len(data) // 2])
+
+
+@pytest.mark.parametrize("name, make", [
+    ("joined.wav", joined), ("joined.flac", joined), ("joined.mp3", joined), ("joined.ogg", joined),
+    ("lie.wav", too_short_a_header), ("pipe.flac", no_length), ("vbr.mp3", without_length),
+    ("cut.mp3", shortened), ("cut.flac", shortened)])
+def test_what_is_read_in_part_is_counted(small, recordings, capsys, name, make):
+    """What can be read of it is used, and the file is named."""
+    make(recordings / name)
+    corpus = open_corpus(small(data=str(recordings)))
+    assert name in corpus.skipped and f"1 files can't be used, or not whole: {name}" in capsys.readouterr().out
+    seconds = sum(len(shard["mel"]) for shard in corpus.shards) / 80 - 200
+    assert seconds == 0 or 9 < seconds < 32
+    with pytest.raises(UserError, match=name):
+        load_audio(recordings / name)
+
+
+@pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.ogg", "a.mp3", "a.aiff", "a.au"])
+def test_whole_recordings_are_not_called_cut(recordings, name):
+    """Nor does a picture or a chunk of text after the sound make them so."""
+    record(recordings / name, 62, rate=24_000)
+    assert len(load_audio(recordings / name)) == 62 * 24_000
+    with open(recordings / name, "ab") as file:
+        file.write(bytes(4000))
+    assert len(load_audio(recordings / name)) == pytest.approx(62 * 24_000, abs=2400)
+
+
+# --------------------------------------------------------------------------------------------------
 # 8, 9. One place, one name; output inside the input.
 
 def test_one_folder_has_one_name(mute, small, recordings, tmp_path, monkeypatch):
@@ -238,6 +307,22 @@ def test_folders_that_overlap_are_used_once(small, recordings):
     alone = open_corpus(small(data=str(recordings)))
     both = open_corpus(small(data=[str(recordings), str(recordings / "sub"), f"{recordings}/"]))
     assert both.hours("train") == alone.hours("train")
+
+
+def test_the_cache_of_another_user_is_read(small, recordings, monkeypatch):
+    """A complete cache needs no right to write; a new one names what to set."""
+    corpus = open_corpus(small(data=str(recordings)))
+
+    def denied(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    for name in ("mkdir", "write_text"):
+        monkeypatch.setattr(Path, name, denied)
+    monkeypatch.setattr(cdslm, "lock", denied)
+    assert open_corpus(small(data=str(recordings))).hours("train") == corpus.hours("train")
+    record(recordings / "more.wav", 20)
+    with pytest.raises(UserError, match="cache .*: Permission denied; set CDSLM_CACHE"):
+        open_corpus(small(data=str(recordings)))
 
 
 def test_a_moved_folder_keeps_its_cache(small, recordings, tmp_path, monkeypatch):
