@@ -98,6 +98,7 @@ class Utterance:
 class ToySpeech:
     """The corpus. `utterance(i)` depends on the arguments below and on i alone, so any part can be
     made, in any order."""
+    name, version, seconds = "toy", VERSION, 20.0
 
     def __init__(self, languages=2, words=16, seed=0):
         if languages < 1 or words < 2:
@@ -138,7 +139,7 @@ class ToySpeech:
         inventory = sorted(map(int, [*vowels, *consonants]))
         return Language(inventory, words, frequency, follows)
 
-    def utterance(self, index, seconds=20.0, language=None, style=None, speaker=None):
+    def utterance(self, index, seconds=seconds, language=None, style=None, speaker=None):
         """Utterance number `index`, of `seconds` in whole frames. Language, style and speaker are
         drawn unless they are given."""
         # All are drawn in any case, so that what is given does not change the other draws.
@@ -197,9 +198,7 @@ class ToySpeech:
             chances = language.follows[word]
             first = len(segments)
             for phone in language.words[word]:
-                milliseconds = TARGETS[phone, 7] / rate * rng.uniform(0.85, 1.2)
-                length = max(4, round(milliseconds * RATE / 1000 / STEP))
-                segments.append((phone, word, length))
+                segments.append((phone, word, duration(rng, phone, rate)))
             if rng.random() < 1 / PAUSE_EVERY:
                 segments.append((0, -1, int(rng.integers(24, 64))))
             filled += sum(length for _, _, length in segments[first:])
@@ -221,6 +220,12 @@ class ToySpeech:
 
 # --------------------------------------------------------------------------------------------------
 # The synthesiser: segments -> formants and pitch -> sound.
+
+def duration(rng, phone, rate):
+    """Draw how long a phone lasts, in steps, when it is spoken at `rate` (1: average)."""
+    milliseconds = TARGETS[phone, 7] / rate * rng.uniform(0.85, 1.2)
+    return max(4, round(milliseconds * RATE / 1000 / STEP))
+
 
 def smooth(track, width):
     """Moving average of a track (S, ...) under a Hann window of `width` steps: articulators have
