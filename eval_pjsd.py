@@ -11,25 +11,24 @@ truth is known, and words, language, speaker and style are measured as well.
     python eval_pjsd.py --generated a --reference b --recognizer hama           two folders of audio
     python eval_pjsd.py out/tiny --decided               what the model knows at which noise level
 """
-import itertools
 import json
 import math
 import time
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
-from cdslm import CFG, FRAME_RATE, HOP, RATE, STEPS, Parser, UserError, cli, load_run, log_mel
-from cdslm import open_corpus, replacing, sample
+from cdslm import (CFG, FRAME_RATE, RATE, STEPS, Parser, UserError, cli, load_run, log_mel,
+                   open_corpus, replacing)
 from lab import markov
 from lab.decided import draw_decided, what_is_decided
-from lab.listener import batched, error_rate, load_listener, speak, toy_truth
+from lab.kept import voice_rows
+from lab.listener import batched, error_rate, language_kept, load_listener, toy_truth
 from lab.memory import LEAST_FRAMES, memory
 from lab.recognizers import read_folder, recogniser
 from lab.report import page
-from lab.toyspeech import ToySpeech
+from lab.sides import CONTEXTS, REFERENCE, decode, generate, real_sides  # noqa: F401
 
 NS = 1, 2, 3, 4, 5                     # n-grams
 ENOUGH = 200                           # phones that any value needs
@@ -37,7 +36,6 @@ LOW_FLOOR = 0.06                       # bits: at most so high, `corrected` is r
 BLOCKS = 20                            # of the jackknife
 SPLITS = 20                            # of the reference
 SIDES = "generated", "reference", "true"
-CONTEXTS, REFERENCE = 1_000_000, 2_000_000     # first toy utterances; training stops far below
 FIGURES = "pjsd", "floor", "floor_sd", "excess", "normalized_excess", "corrected", "true"
 
 
@@ -209,8 +207,9 @@ def toy_nulls(toy, spoken, clips, rows):
     generated, reference, _ = clips
     languages = [u.language for u in spoken]
     texts = markov.null_texts(toy, languages, [len(clip) for clip in generated])
-    nulls = {name: markov.score(toy, text, languages) | {"pjsd": divergences(text, reference)}
-             for name, text in texts.items()}
+    nulls = {name: markov.score(toy, text, languages) |
+             {"language_kept": language_kept(toy, text, languages),
+              "pjsd": divergences(text, reference)} for name, text in texts.items()}
     ladder = [nulls[name]["word_rate"] for name in markov.BABBLERS]
     words = rows["word_rate"]
     return {"nulls": nulls, "equivalent_order": {
@@ -218,80 +217,69 @@ def toy_nulls(toy, spoken, clips, rows):
         "true": markov.equivalent_order(words["ceiling"], ladder), "most": len(ladder)}}
 
 
-def windows(corpus, split, frames, count):
-    """At most `count` windows from all over a corpus, of which no two overlap: (B, N)."""
-    places = [(shard, start + at) for shard, start, length in corpus.runs[split]
-              for at in range(0, length - frames + 1, frames)]
-    cut = [corpus.shards[shard]["audio"][at * HOP:(at + frames) * HOP]
-           for shard, at in np.random.default_rng(0).permutation(places)[:count]]
-    return torch.from_numpy(np.stack(cut).astype(np.float32) / 32767)
-
-
-def continue_speech(model, autoencoder, frames, arguments):
-    """Held-out frames (B, T, C) -> what the model generates after their contexts, (B, Tg, C)."""
-    seeds = itertools.count()
-
-    def generate(part):
-        return sample(model, part, steps=arguments.steps, cfg=arguments.cfg, seed=next(seeds))
-    return batched(generate, frames[:, :model.config.ctx_frames], "generating", size=32)
+def by_language(clips, spoken):
+    """{language of the context: {pjsd, floor, true}}: the three sides of each language alone, by
+    the truth of each side's clips. Speech of the wrong language shows here, but not in the whole.
+    """
+    rows = {}
+    for number in sorted({u.language for u in spoken[0]}):
+        sides = [[clip for clip, u in zip(side, truth) if u.language == number]
+                 for side, truth in zip(clips, spoken)]
+        row = compare(*sides, splits=4)
+        rows[str(number)] = {name: row[name] for name in ("pjsd", "floor", "true")}
+    return rows
 
 
 def judge_run(arguments):
     """The report on a run: it continues held-out contexts, and what it generates is compared with
     other speech beside the true continuations."""
     config, model, autoencoder = load_run(arguments.run, arguments.device)
-    corpus, n, m = open_corpus(config), config.ctx_frames, config.gen_frames
-    count = max(1, round(arguments.minutes * 60 * FRAME_RATE / m))
-    toy = ToySpeech(config.toy_languages, config.toy_words) if config.data == "toy" else None
-    name = arguments.recognizer or ("toy" if toy else "hama")
-    allowed = name == "toy" if toy else name != "text" and not arguments.decided
+    is_toy, m = config.data == "toy", config.gen_frames
+    name = arguments.recognizer or ("toy" if is_toy else "hama")
+    allowed = name == "toy" if is_toy else name != "text" and not arguments.decided
     if not allowed:
         raise UserError("a toy run is judged by the toy recogniser, any other by any but text and "
                         "without --decided")
 
-    # Held-out speech, and what turns sound into phones.
-    if toy:
+    # What turns sound into phones.
+    if is_toy:
         listener = load_listener()
-        waves, spoken = speak(toy, CONTEXTS, count, n + m, "contexts", context=n)
         recognise = lambda x: listener.hear(batched(log_mel, x))
     else:
-        phones, waves = recogniser(name), windows(corpus, "valid", n + m, count)
+        phones = recogniser(name)
         recognise = lambda x: {"clips": [
             phones(wave, RATE) for wave in tqdm(x, desc="recognising", unit="clip", leave=False)]}
-    device = autoencoder.mel_stats.device
-    frames = batched(lambda part: autoencoder.encode(part.to(device)), waves)
-
-    generating = time.perf_counter()
-    x0 = continue_speech(model, autoencoder, frames, arguments)
-    started = time.perf_counter()
 
     # Three sides: generated, reference, true.
-    decode = lambda x: batched(lambda part: autoencoder.decode(part).cpu(), x, "decoding")
-    if toy:
-        reference = heldout = speak(toy, REFERENCE, 3 * count, m, "reference")[0]
-    else:
-        reference = windows(corpus, "train", m, 3 * count)
-        heldout = windows(corpus, "valid", m, 3 * count)
-    sides = decode(x0), reference, waves[:, n * HOP:]
-    generated, _, true = found = [recognise(x) for x in sides]
+    corpus = open_corpus(config)
+    count = max(1, round(arguments.minutes * 60 * FRAME_RATE / m))
+    sides = real_sides(config, corpus, autoencoder, count)
+    generate(sides, model, autoencoder, arguments.steps, arguments.cfg)
+    started = time.perf_counter()
+    waves = sides.generated, sides.reference, sides.true
+    generated, _, true = found = [recognise(wave) for wave in waves]
     clips = [side["clips"] for side in found]
-    report = judge(name, clips, [x.numel() / RATE for x in sides])
+    report = judge(name, clips, [wave.numel() / RATE for wave in waves])
 
+    mels = [batched(log_mel, x) for x in (sides.generated, sides.true, sides.heldout)]
     if m >= LEAST_FRAMES:
-        mels = [batched(log_mel, x) for x in (sides[0], sides[2], heldout)]
         report["memory"] = memory(corpus, *mels)
-    if toy:
-        rebuilt = recognise(decode(frames[:64, n:]))["clips"]
+    if is_toy:
+        toy, spoken = sides.toy, sides.spoken
+        rebuilt = recognise(decode(autoencoder, sides.frames[:64, config.ctx_frames:]))["clips"]
         report["error_rate"] = error_rate(clips[2], spoken)
         report["error_rate_reconstructed"] = error_rate(rebuilt, spoken)
         report["toy"] = toy_truth(toy, spoken, generated, true)
+        report["toy"] |= voice_rows(listener, spoken, (generated, mels[0]), (true, mels[1]))
+        report["by_language"] = by_language(clips, (spoken, sides.referents, spoken))
         report |= toy_nulls(toy, spoken, clips, report["toy"])
     else:
         report |= transcript_nulls(*clips[:2])
     if arguments.decided:
-        report["decided"] = what_is_decided(model, autoencoder, listener, toy, frames, spoken)
+        report["decided"] = what_is_decided(
+            model, autoencoder, listener, toy, sides.frames, spoken)
     return report | {"minutes": arguments.minutes, "seconds": time.perf_counter() - started,
-                     "seconds_generating": started - generating}
+                     "seconds_generating": sides.seconds}
 
 
 def parse(argv=None):

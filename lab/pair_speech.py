@@ -6,6 +6,7 @@ where one has another phone than the other, both last as long as both do on aver
 import concurrent.futures
 import functools
 import os
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +25,14 @@ PAUSE = -1, (0,)                       # a word is its number and its phones
 PAUSE_SECONDS = 0.275
 START = 0.25                           # share of the continuation that lies before the change
 MARGIN = 1.1                           # durations are random
+
+
+class Pair(NamedTuple):
+    """Two utterances (N,) at 24 kHz, not always equally long, of which the first is right."""
+    true: torch.Tensor
+    false: torch.Tensor
+    shared: int | None = None          # frames that both begin with; None: as many as are alike
+    case: object = None                # pairs of the same case are not independent
 
 
 class Scripted(ToySpeech):
@@ -221,7 +230,7 @@ def context_pairs(toy, number, n, m, kind):
 
 
 def make_pairs(toy, kind, count, n, m):
-    """Waves (2, P, N): the true ones and the false ones of about `count` pairs of a kind."""
+    """About `count` pairs of a kind: n frames of context, m of continuation."""
     makers = {"word": word_pairs, "place": place_pairs, "order": order_pairs}
     maker = makers.get(kind) or functools.partial(context_pairs, kind=kind)
     groups = (count + 1) // 2 if kind in SWAPPED else count
@@ -229,8 +238,9 @@ def make_pairs(toy, kind, count, n, m):
     pairs = []
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         made = pool.map(lambda number: maker(toy, number, n, m), numbers)
-        for group in tqdm(made, desc=f"{kind}: speech", total=groups, leave=False):
-            pairs += group
+        for number, group in zip(numbers, tqdm(made, f"{kind}: speech", groups, leave=False)):
+            for true, false in group:
+                pairs.append(Pair(torch.from_numpy(true), torch.from_numpy(false), n, number))
     if not pairs:
         raise UserError(f"these languages have no pairs of kind {kind}")
-    return torch.from_numpy(np.stack(pairs, axis=1))
+    return pairs

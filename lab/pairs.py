@@ -2,8 +2,15 @@
 
 Samples show a part of what a model knows. Here it is asked: noise is added to both utterances of a
 pair, the same noise to both, and the model chooses the one whose clean frames it predicts with the
-smaller error (sWUGGY, sBLIMP and SALMon ask language models so, by likelihood). Both are
-synthesised with the same voice, style and random numbers, and last equally long. Chance is 0.5.
+smaller error (sWUGGY, sBLIMP, StoryCloze and SALMon ask by likelihood). What both begin with is the
+context of both. Chance is 0.5.
+
+    python -m lab.pairs out/tiny                     a run of toy speech; kinds are explained below
+    python -m lab.pairs out/stories                  a run of stories: see lab/pair_stories.py;
+                                                     --stories asks other runs the same
+    python -m lab.pairs out/mine salmon_benchmark    any run, recordings: see lab/pair_files.py
+
+Of toy speech both utterances have the same voice, style and random numbers, and last equally long:
 
     word        a word, or a non-word of as many phones, all of whose phone pairs the language has
     place       a rare word after the word that prefers it, or another rare word
@@ -12,51 +19,119 @@ synthesised with the same voice, style and random numbers, and last equally long
     speaker     after a context, speech of the same speaker, or of another
     style       after a context, speech in the same style, or in another
 
-In `place`, `language`, `speaker` and `style` pairs come in twos that have the same two candidates,
-and what is right in one is wrong in the other: liking some sound cannot pass for knowledge. Nor can
-it hide knowledge where both pairs are judged as one, by the sum of their errors: `matched`.
+In `place`, `language`, `speaker` and `style`, as in all pairs of stories, pairs come in twos that
+mirror each other: what is right in one is wrong in the other, so that liking some sound cannot pass
+for knowledge. Nor can it hide knowledge where both pairs are judged as one, by the sum of their
+errors: `matched`.
 
-    python -m lab.pairs out/tiny
-    python -m lab.pairs out/tiny --kinds word order --number 400
+`null` is what a model scores that always predicts the mean frame, as an untrained one does. Where
+it is far from 0.5, the utterances of a pair differ in their sound.
+
+Utterances of different length: the error is a mean over frames, as slamkit's likelihood is one over
+tokens; both utterances are cut into equally many windows of about equal length, as few as the
+model's window allows; silence around a recording does not count.
 """
 import json
 import math
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
-from cdslm import Parser, UserError, cli, guided, keyed_noise, load_run, replacing
-from lab.listener import batched
-from lab.pair_speech import KINDS, SWAPPED, make_pairs
+from cdslm import Diffusion, Parser, UserError, cli, keyed_noise, load_run, replacing
+from lab import pair_speech, pair_stories
+from lab.pair_files import find_pairs, read_pair
 from lab.toyspeech import ToySpeech
+from lab.words import stories_of
 
+# CHOICE: measured, see docs/results.md.
 LEVELS = -8, -6, -4, -2, 0, 2, 4       # log-SNRs of the noise
 DECISIVE = slice(1, 6)                 # of these: where language is decided, -6 to 2
+DRAWS = 4
+
+STORIES = {"words": "small", "seed": 0, "voices": 6}
+ALIKE = 0.02                           # mean difference of frames that count as the same
+MIRRORED = {*pair_speech.SWAPPED, *pair_stories.KINDS}        # kinds whose pairs come in twos
+
+
+# --------------------------------------------------------------------------------------------------
+# 1. The error of a model.
+
+def utterance_errors(model, ctx, x0, parts, noise):
+    """Mean squared errors (levels,) of the x0 that a model predicts from noisy versions of x0
+    (T, C) after ctx (Tc, C). x0 is cut into `parts` windows; noise is (parts, draws, Tg, C)."""
+    config, diffusion = model.config, Diffusion(model.config)
+    k = config.patch_size
+    size = math.ceil(len(x0) / parts / k) * k
+    angles = [math.atan(math.exp(-level / 2)) for level in LEVELS]
+    phi = torch.tensor(angles, device=x0.device).repeat(noise.shape[1])       # (draws * levels,)
+    phi_b = phi[:, None, None]
+
+    total = torch.zeros(len(phi), device=x0.device)
+    for at, draws in zip(range(0, len(x0), size), noise):
+        target = x0[at:at + size]
+        real = len(target)
+        target = torch.cat([target, model.silence.expand(-real % k, -1)])     # whole tokens
+        history = torch.cat([ctx, x0[:at]])[-config.ctx_frames:]
+
+        # All levels and draws in one batch.
+        eps = draws[:, :len(target)].repeat_interleave(len(LEVELS), dim=0)
+        xt = phi_b.cos() * target + phi_b.sin() * eps
+        prediction = model(xt, phi, history.expand(len(xt), -1, -1)).float()
+        error = diffusion.clean(prediction, xt, phi_b) - target
+        total += error[:, :real].square().mean(2).sum(1)
+    return total.view(-1, len(LEVELS)).mean(0).cpu() / len(x0)
+
+
+def shared_frames(a, b):
+    """How many frames two utterances (T, C) begin with that are alike."""
+    length = min(len(a), len(b))
+    differs = (a[:length] - b[:length]).abs().mean(1) > ALIKE
+    return int(differs.float().argmax()) if differs.any() else length
 
 
 @torch.no_grad()
-def denoising_errors(model, frames, draws=4, size=32):
-    """Mean squared errors (P, levels) of the x0 that a model predicts from noisy continuations, of
-    frames (P, Tc + Tg, C). The noise of item i depends on i and the draw alone."""
-    n = model.config.ctx_frames
-    errors = torch.zeros(len(frames), len(LEVELS))
-    for start in tqdm(range(0, len(frames), size), desc="denoising", unit="batch", leave=False):
-        part = frames[start:start + size]
-        ctx, x0 = part[:, :n], part[:, n:]
-        for draw in range(draws):
-            items = range(start, start + len(part))
-            eps = torch.stack([
-                keyed_noise(draw, "pairs", item, x0.shape[1:], x0.device) for item in items])
-            for column, level in enumerate(LEVELS):
-                phi = math.atan(math.exp(-level / 2))
-                xt = math.cos(phi) * x0 + math.sin(phi) * eps
-                estimate = guided(model, ctx, 1, xt, phi, None)
-                error = (estimate - x0).square().mean((1, 2))
-                errors[start:start + size, column] += error.cpu() / draws
-    return errors
+def pair_errors(model, sides, shared, draws, item):
+    """Errors (2, levels) of both utterances (T, C) of pair number `item` from frame `shared` on,
+    and the errors (2,) of predicting the mean frame. The noise depends on pair and draw alone."""
+    config = model.config
+    n, m = config.ctx_frames, config.gen_frames
+    start = sides[0][:shared][-n:]
+    silence = model.silence.float().expand(n - len(start), -1)
+    ctx = torch.cat([silence, start])
+    ends = [side[shared:] for side in sides]
 
+    parts = math.ceil(max(map(len, ends)) / m)
+    shape, device = (m, config.channels), ctx.device
+    noise = [torch.stack([keyed_noise(draw, f"pairs {part}", item, shape, device)
+                          for draw in range(draws)]) for part in range(parts)]
+    noise = torch.stack(noise)                                # (parts, draws, Tg, C)
+    errors = [utterance_errors(model, ctx, end, parts, noise) for end in ends]
+    null = [end.square().mean().cpu() for end in ends]
+    return torch.stack(errors), torch.stack(null)
+
+
+def ask(model, autoencoder, pairs, draws):
+    """`pair_errors` of Pairs: (P, 2, levels) and (P, 2)."""
+    device, least = autoencoder.mel_stats.device, model.config.patch_size
+    errors, nulls = [], []
+    for item, pair in enumerate(tqdm(pairs, desc="denoising", unit="pair", leave=False)):
+        sides = [autoencoder.encode(wave[None].to(device))[0] for wave in pair[:2]]
+        shared = pair.shared
+        if shared is None:
+            # Something must be left of both.
+            shared = min(shared_frames(*sides), *(len(side) - least for side in sides))
+            shared = max(0, shared)
+        error, null = pair_errors(model, sides, shared, draws, item)
+        errors.append(error)
+        nulls.append(null)
+    return torch.stack(errors), torch.stack(nulls)
+
+
+# --------------------------------------------------------------------------------------------------
+# 2. Which it chooses.
 
 def interval(share, count):
     """95 % interval of a share of `count` independent cases (Wilson 1927)."""
@@ -73,36 +148,53 @@ def share_right(gain):
     return (gain.sign() / 2 + 0.5).mean(0)
 
 
-def accuracy(true, false, swapped=False):
-    """{accuracy, interval, pairs, levels} from errors (P, levels) of true and of false utterances.
+def accuracy(errors, nulls, cases, mirrored=False):
+    """{accuracy, interval, pairs, null, levels} from errors (P, 2, levels) of true and false
+    utterances, from those of the mean frame (P, 2), and from each pair's case.
 
     A model chooses by the logarithm of its error, mean over DECISIVE levels, so that a ratio counts
-    as much at each of them. If every two pairs are swapped, they are one case for the interval, and
-    `matched` is the accuracy of choosing for both at once."""
-    gain = false.log() - true.log()                           # (P, levels)
+    as much at each of them. If every two pairs mirror each other, `matched` is the accuracy of
+    choosing for both at once."""
+    gain = errors[:, 1].log() - errors[:, 0].log()            # (P, levels)
     chosen = gain[:, DECISIVE].mean(1)                        # (P,)
-    cases = len(gain) // 2 if swapped else len(gain)
     share = float(share_right(chosen))
+    count = len(set(cases))
+    null = share_right(nulls[:, 1] - nulls[:, 0])
     levels = dict(zip(map(str, LEVELS), share_right(gain).tolist()))
-    row = {"accuracy": share, "interval": interval(share, cases), "pairs": len(gain),
-           "levels": levels}
-    if swapped:
+    row = {"accuracy": share, "interval": interval(share, count), "pairs": len(gain),
+           "cases": count, "null": float(null), "levels": levels}
+    if mirrored:
         both = chosen.unflatten(0, (-1, 2)).sum(1)            # (P/2,)
         matched = float(share_right(both))
         row["matched"] = matched
-        row["matched_interval"] = interval(matched, cases)
+        row["matched_interval"] = interval(matched, count)
     return row
 
 
-def ask(model, autoencoder, toy, kind, count, draws):
-    """The accuracy of a model on about `count` pairs of a kind."""
-    config, device = model.config, autoencoder.mel_stats.device
-    waves = make_pairs(toy, kind, count, config.ctx_frames, config.gen_frames)
-    errors = []
-    for side in waves:
-        frames = batched(lambda part: autoencoder.encode(part.to(device)), side)
-        errors.append(denoising_errors(model, frames, draws))
-    return accuracy(*errors, kind in SWAPPED)
+# --------------------------------------------------------------------------------------------------
+# 3. The pairs of a run, and the table.
+
+def makers(arguments, config):
+    """{kind: () -> Pairs} for a run: of a folder of recordings, of toy speech, or of stories."""
+    count = arguments.number
+    if arguments.folder:
+        found = {}
+        for kind, paths in find_pairs(arguments.folder).items():
+            order = np.random.default_rng(0).permutation(len(paths))[:count]
+            found[kind] = lambda paths=paths, order=order: [read_pair(*paths[i]) for i in order]
+        return found
+
+    if config.data == "toy" and not arguments.stories:
+        toy = ToySpeech(config.toy_languages, config.toy_words)
+        sizes = config.ctx_frames, config.gen_frames
+        return {kind: lambda kind=kind: pair_speech.make_pairs(toy, kind, count, *sizes)
+                for kind in pair_speech.KINDS if kind != "language" or len(toy.languages) > 1}
+
+    settings = STORIES
+    if not arguments.stories:
+        settings = json.loads((stories_of(arguments.run) / "stories.json").read_text())
+    return {kind: lambda kind=kind: pair_stories.make_pairs(settings, kind, count)
+            for kind in pair_stories.KINDS}
 
 
 def text(row, name):
@@ -113,17 +205,42 @@ def text(row, name):
     return f"{row[name]:>6.3f} ({low:.2f} to {high:.2f})"
 
 
+def draw_curve(report, path):
+    """Draw accuracy against noise level, if matplotlib is there; says where."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return "(pip install matplotlib to have the curve drawn)"
+    axes = Figure(figsize=(6.4, 4), layout="constrained").subplots()
+    for kind, row in report.items():
+        axes.plot(LEVELS, row["levels"].values(), marker="o", label=kind)
+    axes.axhline(0.5, color="grey", linewidth=1)
+    axes.axvspan(LEVELS[DECISIVE][0], LEVELS[DECISIVE][-1], color="grey", alpha=0.1)
+    axes.set(ylim=(0.3, 1.02), ylabel="accuracy by this level alone", xlabel="log-SNR")
+    axes.legend(frameon=False)
+    with replacing(path) as temporary:
+        axes.figure.savefig(temporary, dpi=150, format="png")
+    return f"accuracy against noise level: {path}"
+
+
 def parse(argv=None):
     """Command line -> arguments. Raises UserError for one that makes no sense."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("run", type=Path, help="a run folder of toy speech, such as out/tiny")
-    add("--kinds", nargs="+", choices=KINDS, default=KINDS, help="kinds of pairs [all]")
-    add("--number", type=int, default=200, help="pairs of each kind [200]")
-    add("--draws", type=int, default=4, help="noises for each pair [4]")
+    add("run", type=Path, help="a run folder, such as out/tiny")
+    add("folder", type=Path, nargs="?", help="a folder of pairs of recordings")
+    add("--stories", action="store_true",
+        help="English sentences, for a run on other English than lab/stories.py made")
+    add("--kinds", nargs="+", help="kinds of pairs [all]")
+    add("--number", type=int, default=200,
+        help="pairs of each kind; of recordings, chosen at random [200]")
+    add("--draws", type=int, default=DRAWS, help=f"noises for each pair [{DRAWS}]")
+    add("--curve", action="store_true", help="draw accuracy against noise level: RUN/pairs.png")
     add("--device", default="auto", help="cuda, mps, cpu [auto]")
     add("--json", type=Path, help="where to keep the result [RUN/pairs.json]")
     arguments = parser.parse_args(argv)
+    if arguments.folder and arguments.stories:
+        raise UserError("give a folder of pairs or --stories, not both")
     if arguments.number < 1 or arguments.draws < 1:
         raise UserError("--number and --draws must be at least 1")
     return arguments
@@ -132,25 +249,31 @@ def parse(argv=None):
 def main():
     arguments = parse()
     config, model, autoencoder = load_run(arguments.run, arguments.device)
-    if config.data != "toy":
-        raise UserError(f"{arguments.run} was not trained on toy speech, of which pairs are made")
-    toy = ToySpeech(config.toy_languages, config.toy_words)
-    kinds = [kind for kind in arguments.kinds if kind != "language" or len(toy.languages) > 1]
+    kinds = makers(arguments, config)
+    unknown = set(arguments.kinds or []) - set(kinds)
+    if unknown:
+        raise UserError(f"--kinds {' '.join(sorted(unknown))}: there are {', '.join(kinds)}")
 
+    width = max(9, *map(len, kinds)) + 1
     print("share of pairs whose true utterance has the smaller denoising error; chance: 0.5\n")
-    print(f"{'':<9}{'pairs':>6} {'accuracy':>20} {'matched':>20}", "  at log-SNR",
-          *(f"{level:>5}" for level in LEVELS))
+    print(f"{'':<{width}}{'pairs':>6} {'accuracy':>20} {'matched':>20} {'null':>6}",
+          "  at log-SNR", *(f"{level:>5}" for level in LEVELS))
     report, started = {}, time.perf_counter()
-    for kind in kinds:
-        row = ask(model, autoencoder, toy, kind, arguments.number, arguments.draws)
-        report[kind] = row
+    for kind in arguments.kinds or kinds:
+        pairs = kinds[kind]()
+        errors, nulls = ask(model, autoencoder, pairs, arguments.draws)
+        cases = [pair.case for pair in pairs]
+        mirrored = kind in MIRRORED and not arguments.folder
+        row = report[kind] = accuracy(errors, nulls, cases, mirrored)
         levels = [f"{value:>5.2f}" for value in row["levels"].values()]
-        print(f"{kind:<9}{row['pairs']:>6}", text(row, "accuracy"), text(row, "matched"),
-              " " * 12, *levels, flush=True)
+        print(f"{kind:<{width}}{row['pairs']:>6}", text(row, "accuracy"), text(row, "matched"),
+              f"{row['null']:>6.3f}", " " * 12, *levels, flush=True)
     print(f"{time.perf_counter() - started:.0f} s")
 
     with replacing(arguments.json or arguments.run / "pairs.json") as temporary:
         temporary.write_text(json.dumps(report, indent=2) + "\n")
+    if arguments.curve:
+        print(draw_curve(report, arguments.run / "pairs.png"))
 
 
 if __name__ == "__main__":

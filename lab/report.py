@@ -20,10 +20,13 @@ MEANING = {
     "runs_3": "phones inside 3 or more such words in a row",
     "pair_bits": "bits by which word pairs are less likely than true ones (0: as likely)",
     "language_kept": "multilingual: most words are of the context's language",
-    "speaker_kept": "multi-speaker: the same voice, by pitch and vocal tract",
-    "style_kept": "prosodic, emotive: the same style, by pitch range and tempo",
+    "speaker_kept": "multi-speaker: the same voice, by pitch and vocal tract together",
+    "tract_kept": "the same vocal tract, less what pitch tells of it",
+    "breath_kept": "the same breathiness",
+    "rate_kept": "the speaker's tempo, among speakers in the same style",
+    "style_kept": "prosodic, emotive: the same style, by pitch range alone",
 }
-WORDS = "word_rate", "runs_2", "runs_3", "pair_bits"
+WORDS = "word_rate", "runs_2", "runs_3", "pair_bits", "language_kept"
 
 
 def number(value, form):
@@ -46,6 +49,9 @@ def divergence_table(report):
         line(name, rows[key], ".4f")
     for name, null in report.get("nulls", {}).items():
         line(f"null: {name}", null["pjsd"], ".4f")
+    for language, row in report.get("by_language", {}).items():
+        line(f"in language {language} alone", row["pjsd"], ".4f")
+        line("  floor", row["floor"], ".4f")
     if lacking:
         times = ", ".join(f"{report['enough'][n - 1]:.1f} times as much for n = {n}"
                           for n in lacking)
@@ -82,11 +88,11 @@ def truth_table(rows):
 def nulls_table(report):
     """Words of generated speech among those of the nulls, and the equivalent order."""
     if "toy" in report:
-        print(f"\n{'':<22}" + "".join(f"{name:>11}" for name in WORDS))
+        print(f"\n{'':<22}" + "".join(f"{name:>14}" for name in WORDS))
         measured = {side: {name: report["toy"][name][key] for name in WORDS}
                     for side, key in (("generated", "value"), ("true speech", "ceiling"))}
         for name, row in (measured | report["nulls"]).items():
-            values = "".join(f"{number(row[measure], '.3f'):>11}" for measure in WORDS)
+            values = "".join(f"{number(row[measure], '.3f'):>14}" for measure in WORDS)
             print(f"{name:<22}{values}")
     if "equivalent_order" in report:
         order = report["equivalent_order"]

@@ -1,5 +1,6 @@
 """The judge: its estimator against exact grammars, its recognisers against known truth, its manners with bad input."""
 import concurrent.futures
+import dataclasses
 import json
 import math
 import multiprocessing
@@ -17,11 +18,12 @@ from cdslm import AudioAutoencoder
 from cdslm import RATE, UserError, load_audio, log_mel
 from lab import markov
 from lab.decided import draw_decided
+from lab.kept import BreathMeter, breath_truth, nearness as near_in_group, voice_kept, voice_rows
 from lab.listener import (batched, error_rate, guess_language, language_kept, load_listener,
-                          nearness, ngrams, spans, speak, toy_truth, words_in)
+                          nearness, ngrams, spans, speak, toy_truth, voice_truth, words_in)
 from lab.recognizers import quiet_cuts
 from lab.report import MEANING
-from lab.toyspeech import SYMBOLS, ToySpeech
+from lab.toyspeech import CONSONANTS, SYMBOLS, ToySpeech
 
 ROOT = Path(__file__).parents[1]
 
@@ -250,6 +252,86 @@ def test_language_is_kept_in_words_not_in_phones():
     assert language_kept(toy, shuffled, languages) < 0.6
 
 
+def same_sounds():
+    """Two languages of one inventory: the second has the words of the first with other phones."""
+    toy, rng = ToySpeech(), np.random.default_rng(3)
+    first = toy.languages[0]
+    swap = {}
+    for kind in (True, False):
+        phones = [phone for phone in first.inventory if (phone in CONSONANTS) == kind]
+        swap |= dict(zip(phones, rng.permutation(phones).tolist()))
+    words = [tuple(swap[p] for p in word) for word in first.words]
+    toy.languages[1] = dataclasses.replace(first, words=words)
+    return toy
+
+
+def test_language_kept_can_fail_where_languages_have_the_same_sounds():
+    """Phones alone then tell nothing of the language, and babble of phones keeps none."""
+    toy, languages = same_sounds(), np.random.default_rng(0).integers(2, size=300)
+    texts = markov.null_texts(toy, languages, [28] * 300)
+    kept = {name: language_kept(toy, text, languages) for name, text in texts.items()}
+    guessed = (guess_language(toy, texts["unigram"]) == languages).mean()
+    print(kept, guessed)
+    assert kept["unigram"] < 0.3 < 0.95 < kept[markov.GRAMMAR] and kept["unigram"] < kept["trigram"]
+    other = language_kept(toy, texts[markov.GRAMMAR], 1 - languages)
+    assert other < 0.05
+
+
+def test_each_language_is_compared_with_itself():
+    """Speech of the wrong language has the right n-grams as a whole, and none where each is judged alone."""
+    clips = [write(30, 4, 0) + write(31, 4, 0, share=1.0), write(32, 12, 0) + write(33, 12, 0, share=1.0)]
+    truth = [[types.SimpleNamespace(language=number) for number in (0, 1) for _ in range(len(side) // 2)]
+             for side in clips]
+    right = judge.by_language((*clips, clips[0]), (*truth, truth[0]))
+    wrong = judge.by_language((clips[0][::-1], clips[1], clips[0]), (*truth, truth[0]))
+    assert set(right) == {"0", "1"}
+    whole = judge.compare(clips[0][::-1], clips[1], splits=4)
+    assert whole["pjsd"][1] < 2 * whole["floor"][1]
+    for number in right:
+        assert right[number]["pjsd"][1] < 2 * right[number]["floor"][1]
+        assert wrong[number]["pjsd"][1] > 0.8 and wrong[number]["true"][1] < 0.1
+
+
+def speakers(count, seed=0):
+    rng = np.random.default_rng(seed)
+    return [types.SimpleNamespace(language=0, style=int(rng.integers(3)), speaker=ToySpeech.draw_speaker(rng))
+            for _ in range(count)]
+
+
+def test_each_part_of_a_voice_can_be_lost_by_itself():
+    """Pitch and vocal tract go together in toy speech: a model that keeps the pitch alone keeps most of `speaker`."""
+    spoken, others = speakers(300), speakers(300, seed=1)
+    voice, breath = voice_truth(spoken).astype(float), breath_truth(spoken)
+    kept = voice_kept(voice, breath, spoken)
+    assert all(value > 0.99 for value in kept.values())
+
+    pitch_only = voice.copy()
+    slope, offset = np.polyfit(voice[:, 0], voice[:, 1], 1)
+    pitch_only[:, 1] = slope * voice[:, 0] + offset
+    assert nearness(pitch_only[:, :2], voice[:, :2]) > 0.85
+    assert abs(voice_kept(pitch_only, breath, spoken)["tract_kept"] - 0.5) < 0.1
+
+    style_only = voice.copy()
+    tempo = np.log2([1.0, 1.15, 0.87])[[u.style for u in spoken]]
+    style_only[:, 3] = 4 * tempo
+    lost = voice_kept(style_only, breath_truth(others), spoken)
+    assert abs(lost["rate_kept"] - 0.5) < 0.1 and abs(lost["breath_kept"] - 0.5) < 0.1
+    assert lost["style_kept"] == kept["style_kept"] and lost["tract_kept"] == kept["tract_kept"]
+    flat = voice.copy()
+    flat[:, 2] = 0.0
+    assert abs(voice_kept(flat, breath, spoken)["style_kept"] - 0.5) < 0.25
+    assert voice_kept(flat, breath, spoken)["rate_kept"] == kept["rate_kept"]
+
+
+def test_nearness_within_groups():
+    value = np.array([0.0, 1.0, 10.0, 11.0])
+    assert near_in_group(value, value) == 1
+    assert near_in_group(value, value[[1, 0, 3, 2]], np.array([0, 0, 1, 1])) == 0
+    assert near_in_group(value, value, np.arange(4)) == 0.5   # nobody to compare with
+    assert near_in_group(np.zeros(4), np.zeros(4)) == 0.5     # nobody who differs
+    assert near_in_group(np.zeros(4), value) == 0.5
+
+
 def test_true_clips_score_near_one_and_every_figure_has_its_nulls(capsys):
     """The page of a report on text: nulls of words and n-grams, and how much speech n needs."""
     toy, languages = ToySpeech(), np.random.default_rng(0).integers(2, size=200)
@@ -258,7 +340,7 @@ def test_true_clips_score_near_one_and_every_figure_has_its_nulls(capsys):
     clips = texts[0], sum(texts[1:4], []), texts[4]
     spoken = [types.SimpleNamespace(language=int(number)) for number in languages]
     rows = {name: {"value": value, "ceiling": value, "floor": 0.0, "normalized": 1.0}
-            for name, value in markov.score(toy, clips[0], languages).items()}
+            for name, value in (markov.score(toy, clips[0], languages) | {"language_kept": 1.0}).items()}
     assert rows["word_rate"]["value"] > 0.98 and rows["runs_3"]["value"] > 0.97
     report = judge.judge("text", clips, (math.nan,) * 3) | {"toy": rows, "error_rate": 0.0,
                                                            "error_rate_reconstructed": 0.0}
@@ -267,9 +349,14 @@ def test_true_clips_score_near_one_and_every_figure_has_its_nulls(capsys):
     assert report["equivalent_order"]["generated"] > 4
     bigram, true = report["nulls"]["bigram"], report["nulls"][markov.GRAMMAR]
     assert bigram["pjsd"][2] > 5 * true["pjsd"][2] and true["pjsd"][4] < 1.5 * report["floor"][4]
+    assert report["nulls"][markov.GRAMMAR]["language_kept"] > 0.97
+    assert report["nulls"]["unigram"]["language_kept"] < 0.6
+    truth = [types.SimpleNamespace(language=number) for number in list(languages) * 3]
+    report["by_language"] = judge.by_language(clips, (spoken, truth, spoken))
     judge.page(report)
     out = capsys.readouterr().out
     assert "too little speech" in out and "times as much for n = 5" in out
+    assert "in language 1 alone" in out and out.count("language_kept") == 2
     assert "shuffled" not in out and "equivalent Markov order" in out
     assert all(out.count(name) >= 2 for name in report["nulls"])
 
@@ -413,6 +500,21 @@ def test_truth_of_true_speech(toy_speech):
     assert toy_truth(toy, spoken, strange, heard)["speaker_kept"]["normalized"] < 0.2
 
 
+@pytest.mark.slow
+def test_the_voice_of_true_speech(toy_speech):
+    """What the ears for each part of a voice can tell, of real and of other speech."""
+    _, waves, spoken, _ = toy_speech
+    listener, mel = load_listener(), batched(log_mel, waves)
+    side = listener.hear(mel), mel
+    rows = voice_rows(listener, spoken, side, side)
+    print({name: round(row["ceiling"], 3) for name, row in rows.items()})
+    assert all(row["value"] == row["ceiling"] and abs(row["floor"] - 0.5) < 0.06 for row in rows.values())
+    assert rows["style_kept"]["ceiling"] > 0.8 and rows["breath_kept"]["ceiling"] > 0.7
+    assert rows["rate_kept"]["ceiling"] > 0.65 and rows["tract_kept"]["ceiling"] > 0.6
+    meter = BreathMeter(listener)
+    assert np.corrcoef(meter.read(mel, side[0]["frames"]), breath_truth(spoken))[0, 1] > 0.6
+
+
 @pytest.mark.parametrize("extra, kept", [([], "judged.json"), (["--json", "mine"], "mine")])
 def test_the_report_on_a_run_is_kept_in_its_folder_or_where_asked(tmp_path, monkeypatch, extra, kept):
     monkeypatch.chdir(tmp_path)
@@ -434,7 +536,8 @@ def test_a_run_is_judged(tmp_path):
     assert "word_rate" in done.stdout and set(report["toy"]) == set(MEANING) and report["error_rate"] < 0.05
     assert all(0 <= v <= 1 for name, values in report["decided"].items() if name != "log_snr" for v in values)
     assert not report["memory"]["flagged"] and report["pjsd"][0] is not None
-    assert set(report["nulls"]["bigram"]) == {*markov.MEASURES, "pjsd"}
+    assert set(report["nulls"]["bigram"]) == {*markov.MEASURES, "language_kept", "pjsd"}
+    assert set(report["by_language"]) == {"0", "1"}
     assert 1 <= report["equivalent_order"]["generated"] <= report["equivalent_order"]["true"] <= 6
 
 

@@ -1,0 +1,77 @@
+"""sides: what a run generates after held-out contexts, beside real speech. For those who judge it
+(`eval_pjsd.py`, `lab/quality.py`).
+"""
+import itertools
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from cdslm import HOP, sample
+from lab.listener import batched, speak
+from lab.toyspeech import ToySpeech
+
+CONTEXTS, REFERENCE = 1_000_000, 2_000_000     # first toy utterances; training stops far below
+
+
+@dataclass
+class Sides:
+    """Waves (B, N) of a run and of real speech, and the truth where they are toy speech."""
+    context: torch.Tensor              # held-out contexts
+    true: torch.Tensor                 # what follows them in truth
+    reference: torch.Tensor            # other speech, three times as much
+    heldout: torch.Tensor              # speech that the run did not see, at most as much
+    frames: torch.Tensor               # contexts with what follows, encoded: (B, T, C)
+    toy: ToySpeech | None = None
+    spoken: list = field(default_factory=list)                # truth of `true`
+    referents: list = field(default_factory=list)             # truth of `reference`
+    generated: torch.Tensor | None = None
+    seconds: float = 0.0               # that generating took
+
+
+def windows(corpus, split, frames, count):
+    """At most `count` windows from all over a corpus, of which no two overlap: (B, N)."""
+    places = [(shard, start + at) for shard, start, length in corpus.runs[split]
+              for at in range(0, length - frames + 1, frames)]
+    cut = [corpus.shards[shard]["audio"][at * HOP:(at + frames) * HOP]
+           for shard, at in np.random.default_rng(0).permutation(places)[:count]]
+    return torch.from_numpy(np.stack(cut).astype(np.float32) / 32767)
+
+
+def real_sides(config, corpus, autoencoder, count):
+    """Sides of `count` windows, before anything is generated. Speech of real recordings comes from
+    the corpus, toy speech is made."""
+    n, m = config.ctx_frames, config.gen_frames
+    toy, spoken, referents = None, [], []
+    if config.data == "toy":
+        toy = ToySpeech(config.toy_languages, config.toy_words)
+        waves, spoken = speak(toy, CONTEXTS, count, n + m, "contexts", context=n)
+        reference, referents = speak(toy, REFERENCE, 3 * count, m, "reference")
+        heldout = reference
+    else:
+        waves = windows(corpus, "valid", n + m, count)
+        reference = windows(corpus, "train", m, 3 * count)
+        heldout = windows(corpus, "valid", m, 3 * count)
+
+    device = autoencoder.mel_stats.device
+    frames = batched(lambda part: autoencoder.encode(part.to(device)), waves)
+    return Sides(waves[:, :n * HOP], waves[:, n * HOP:], reference, heldout, frames, toy, spoken,
+                 referents)
+
+
+def decode(autoencoder, frames):
+    """Frames (B, T, C) -> waves (B, N)."""
+    return batched(lambda part: autoencoder.decode(part).cpu(), frames, "decoding")
+
+
+def generate(sides, model, autoencoder, steps, cfg):
+    """Add what the model generates after the contexts."""
+    seeds, started = itertools.count(), time.perf_counter()
+
+    def continue_speech(part):
+        return sample(model, part, steps=steps, cfg=cfg, seed=next(seeds))
+    contexts = sides.frames[:, :model.config.ctx_frames]
+    x0 = batched(continue_speech, contexts, "generating", size=32)
+    sides.seconds = time.perf_counter() - started
+    sides.generated = decode(autoencoder, x0)
