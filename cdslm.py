@@ -2000,13 +2000,13 @@ def rank_0_first():
 
 
 class ManyDevices(OneDevice):
-    """DDP or FSDP2 over the ranks of a process group. After each step, `stop`: a rank got a signal;
-    `late`: a checkpoint is overdue."""
+    """DDP or FSDP2 over the ranks of a process group. `asks()` tells what this rank asks for, a
+    list of bools; after each step `asked` tells what any rank did."""
 
-    def __init__(self, device, dtype, signals):
+    def __init__(self, device, dtype, asks):
         super().__init__(device, dtype)
         self.rank, self.ranks = ranks()
-        self.signals, self.stop, self.late = signals, False, False
+        self.asks, self.asked = asks, asks()
 
     def exchange(self, network, last):
         if hasattr(network, "set_requires_gradient_sync"):                    # FSDP2
@@ -2016,11 +2016,9 @@ class ManyDevices(OneDevice):
         return contextlib.nullcontext()
 
     def total(self, value):
-        late = time.monotonic() - self.saved > SAVE_SECONDS
-        flags = value.new_tensor([len(self.signals), late])
-        packed = torch.cat([value[None], flags])
+        packed = torch.cat([value[None], value.new_tensor(self.asks())])
         dist.all_reduce(packed)
-        self.stop, self.late = packed[1:].bool().tolist()
+        self.asked = packed[1:].bool().tolist()
         return packed[0]
 
 
@@ -2205,12 +2203,12 @@ class Trainer:
     def __init__(self, config, corpus, autoencoder, device, dtype):
         self.config, self.corpus, self.autoencoder = config, corpus, autoencoder
         self.signals = []                                     # that asked this process to stop
+        self.saved = time.monotonic()                         # when the last checkpoint was
         if dist.is_initialized():
-            self.hardware = ManyDevices(device, dtype, self.signals)
+            self.hardware = ManyDevices(device, dtype, self.asks)
         else:
             self.hardware = OneDevice(device, dtype)
         self.device, self.rank = device, self.hardware.rank
-        self.hardware.saved = time.monotonic()                # of the last checkpoint
 
         torch.manual_seed(config.seed)
         sharded = config.parallel == "fsdp"
@@ -2238,19 +2236,14 @@ class Trainer:
         self.done = self.guessed = 0                          # steps; those with self-conditioning
         self.skipped = self.failed = 0                        # not finite: in all, and in a row
 
-    @property
-    def stopped(self):
-        """Whether a signal has asked any rank to stop, as known after the last step."""
-        if dist.is_initialized():
-            return self.hardware.stop
-        return bool(self.signals)
+    def asks(self):
+        """Whether this rank asks to stop, and for a checkpoint."""
+        return [bool(self.signals), time.monotonic() - self.saved > SAVE_SECONDS]
 
     @property
-    def late(self):
-        """Whether the last checkpoint is old, as all ranks agree."""
-        if dist.is_initialized():
-            return self.hardware.late
-        return time.monotonic() - self.hardware.saved > SAVE_SECONDS
+    def asked(self):
+        """The same of any rank, as all know it after the last step."""
+        return self.hardware.asked if dist.is_initialized() else self.asks()
 
     def read(self, step, positions):
         """Log-mel windows (b, T, 80) and noise (b, Tg, C) of a micro-batch."""
@@ -2290,9 +2283,9 @@ class Trainer:
         self.skipped += not finite
         self.failed = 0 if finite and loss < DIVERGED else self.failed + 1
         if self.failed == 10:
-            raise UserError(f"ten steps in a row with a loss above {DIVERGED} or not finite: it has "
-                            "diverged. Try a lower --lr or --muon-lr, or --dtype fp32, in another "
-                            "--out")
+            raise UserError(f"ten steps in a row with a loss above {DIVERGED} or not finite: "
+                            "training has diverged. Try a lower --lr or --muon-lr, or --dtype "
+                            "fp32, in another --out")
 
         self.guessed += self_conditions(config, self.done)
         lr = config.lr * lr_factor(config, self.done)
@@ -2346,7 +2339,7 @@ class Trainer:
     def save(self, path):
         """Write a checkpoint: full state dicts, gathered in rank 0's memory: the same for any
         number of ranks."""
-        self.hardware.saved = time.monotonic()
+        self.saved = time.monotonic()
         tools = state_dicts()
         options = tools.StateDictOptions(full_state_dict=True, cpu_offload=True)
         optimizer = tools.get_optimizer_state_dict(self.model, self.optimizers, options=options)
@@ -2404,7 +2397,7 @@ def train(config):
         trainer = Trainer(config, corpus, autoencoder, device, dtype)
         with interruptible(trainer.signals):
             train_loop(trainer, Path(config.out))
-        if trainer.stopped:
+        if trainer.asked[0]:
             print(f"stopped after step {trainer.done}; the same command goes on from there")
             raise SystemExit(128 + (trainer.signals or [signal.SIGTERM])[0])
         if rank == 0:
@@ -2474,7 +2467,7 @@ def train_loop(trainer, folder):
                 os.fsync(log.fileno())
             trainer.save(folder / name)
 
-        while trainer.done < config.steps and not trainer.stopped:
+        while trainer.done < config.steps and not trainer.asked[0]:
             if config.lr_schedule == "wsd" and trainer.done == decay_start(config.steps):
                 checkpoint_as("trunk.pt")                     # a longer run goes on from here
             row = trainer.step()
@@ -2499,7 +2492,7 @@ def train_loop(trainer, folder):
                 bar.set_postfix(shown, refresh=False)
             log.write(json.dumps(row) + "\n")
             bar.update()
-            if due or trainer.stopped or trainer.late:
+            if due or any(trainer.asked):
                 checkpoint_as("checkpoint.pt")
 
 

@@ -298,7 +298,7 @@ def test_a_loss_that_only_grows_is_not_called_whole(mute, small, tmp_path, monke
         return ctx, x0 * 1e13 ** (trainer.done >= 3)
 
     monkeypatch.setattr(cdslm.Trainer, "frames", spoilt)
-    with pytest.raises(UserError, match="above 100 or not finite: it has diverged.*another --out"):
+    with pytest.raises(UserError, match="above 100 or not finite: training has diverged.*another --out"):
         train(small(steps=30, eval_every=30))
     assert [row["skipped"] for row in log(tmp_path / "run")] == 12 * [0]
 

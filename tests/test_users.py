@@ -316,9 +316,8 @@ def test_the_cache_of_another_user_is_read(small, recordings, monkeypatch):
     def denied(*_, **__):
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    for name in ("mkdir", "write_text"):
-        monkeypatch.setattr(Path, name, denied)
     monkeypatch.setattr(cdslm, "lock", denied)
+    monkeypatch.setattr(Path, "write_text", denied)
     assert open_corpus(small(data=str(recordings))).hours("train") == corpus.hours("train")
     record(recordings / "more.wav", 20)
     with pytest.raises(UserError, match="cache .*: Permission denied; set CDSLM_CACHE"):
