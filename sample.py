@@ -3,6 +3,8 @@
     python sample.py out/tiny                                            contexts of the run
     python sample.py out/digits --prompt me.flac --seconds 12 --cfg 3    a recording
     python sample.py out/tiny --prompt none --num 8                      silence, eight times
+    python sample.py out/tiny --watch          how one continuation comes about, step by step
+    python sample.py out/a out/b               two runs, the same contexts and the same noise
 
 Each file is the context followed by the generated continuation. A continuation that is longer than
 the model's window is generated window by window and decoded as a whole, so no seam is audible. Of a
@@ -18,44 +20,44 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from cdslm import (CFG, FRAME_RATE, GENERATING, HOP, RATE, STEPS, Parser, UserError, cli, load,
-                   load_audio, load_run, open_page, sample, save_audio)
+from cdslm import (CFG, FRAME_RATE, GENERATING, HOP, RATE, STEPS, Parser, UserError, cli, ddim,
+                   dpm_solver, guided, keyed_noise, levels, load, load_audio, load_run, open_page,
+                   sample, save_audio)
 
 SILENT = 1e-3           # a prompt whose samples all stay below this, -60 dBFS, holds no speech
 FADE = 480              # samples (20 ms) over which a copied prompt turns into the decoded one
+SHOWN = 1, 2, 4, 8, 16  # evaluations after which --watch shows the estimate of x0; and after all
+SCALES = 1, 2, 4        # of the guidance that --watch compares
 
 
 def parse(argv=None):
     """Command line -> arguments. Raises UserError for values that are not allowed."""
     parser = Parser(__doc__)
-    parser.add_argument("run", help="a run folder, such as out/tiny")
-    parser.add_argument("--prompt",
-                        help="a recording to continue, or none: silence [held-out contexts]")
-    parser.add_argument("--seconds", type=float, help="seconds to generate [one window]")
-    parser.add_argument("--num", type=int, help="number of continuations [1; 4 without --prompt]")
-    parser.add_argument("--cfg", type=float, default=CFG,
-                        help=f"guidance scale; 1: no guidance [{CFG:g}]")
-    parser.add_argument("--steps", type=int, default=STEPS,
-                        help=f"network evaluations per window [{STEPS}]")
-    parser.add_argument("--sampler", default="dpm", choices=("dpm", "ddim"),
-                        help="DPM-Solver++(2M) or DDIM [dpm]")
-    parser.add_argument("--seed", type=int, default=0,
-                        help="another seed gives another continuation [0]")
-    parser.add_argument("--device", default="auto",
-                        help="cuda, mps, cpu; auto: the first that is available")
-    parser.add_argument("--out", type=Path,
-                        help="WAV file to write, or a folder for it; with --num above 1, x.wav "
-                             "becomes x-1.wav, ... [RUN/continued.wav]")
-    arguments = parser.parse_args(argv)
+    add = parser.add_argument
+    add("runs", metavar="run", nargs="+", help="a run folder, such as out/tiny; or several")
+    add("--prompt", help="a recording to continue, or none: silence [held-out contexts]")
+    add("--seconds", type=float, help="seconds to generate [one window]")
+    add("--num", type=int, help="number of continuations [1; 4 without --prompt]")
+    add("--cfg", type=float, default=CFG, help=f"guidance scale; 1: no guidance [{CFG:g}]")
+    add("--steps", type=int, default=STEPS, help=f"network evaluations per window [{STEPS}]")
+    add("--sampler", default="dpm", choices=("dpm", "ddim"), help="DPM-Solver++(2M) or DDIM [dpm]")
+    add("--seed", type=int, default=0, help="another seed gives another continuation [0]")
+    add("--device", default="auto", help="cuda, mps, cpu; auto: the first that is available")
+    add("--watch", action="store_true", help="show on the page how one continuation comes about")
+    add("--out", type=Path,
+        help="WAV file to write, or a folder for it; with --num above 1, x.wav becomes x-1.wav, "
+             "... [RUN/continued.wav]; of several runs, a folder [A-vs-B beside A]")
+    arguments = parser.parse_intermixed_args(argv)
 
+    others = arguments.num or arguments.seconds or arguments.out or arguments.runs[1:]
+    if arguments.watch and others:
+        raise UserError("--watch is for one run, without --num, --seconds and --out")
     if arguments.num is None:
-        arguments.num = 1 if arguments.prompt else 4
+        arguments.num = 1 if arguments.prompt or arguments.watch else 4
     if arguments.seconds is not None and not 0 < arguments.seconds < math.inf:
         raise UserError("--seconds must be more than 0")
-    if arguments.num < 1 or arguments.steps < 1:
-        raise UserError("--num and --steps must be at least 1")
-    if arguments.seed < 0:
-        raise UserError("--seed must be at least 0")
+    if arguments.num < 1 or arguments.steps < 1 or arguments.seed < 0:
+        raise UserError("--num and --steps must be at least 1, --seed at least 0")
     if not math.isfinite(arguments.cfg):
         raise UserError("--cfg must be a number")
     if arguments.prompt not in (None, "none") and not Path(arguments.prompt).is_file():
@@ -64,8 +66,17 @@ def parse(argv=None):
 
 
 def output_files(arguments):
-    """The WAV files to write. Raises UserError if they can't be, or if one is the prompt."""
-    path = arguments.out or Path(arguments.run)
+    """The WAV files to write, a list for each run. Raises UserError if they can't be, or if one is
+    the prompt."""
+    path, runs = arguments.out or Path(arguments.runs[0]), arguments.runs
+    if len(runs) > 1:
+        if not arguments.out:
+            path = path.with_name("-vs-".join(Path(run).resolve().name for run in runs))
+        if path.is_file() or not path.parent.is_dir():
+            raise UserError(f"--out {path}: for several runs this is a folder, in one that exists")
+        return [[path / f"{i + 1}-{k + 1}.wav" for i in range(arguments.num)]
+                for k in range(len(runs))]
+
     if path.is_dir():
         path = path / "continued.wav"
     if path.suffix.lower() != ".wav":
@@ -79,7 +90,7 @@ def output_files(arguments):
         is_file = arguments.prompt not in (None, "none")
         if is_file and file.exists() and file.samefile(arguments.prompt):
             raise UserError(f"--out {file} is the prompt itself; choose another --out")
-    return files
+    return [files]
 
 
 def read_prompt(prompt, samples):
@@ -104,23 +115,17 @@ def contexts(arguments, config):
     """The speech to continue: waves (num, N) that the model sees, and what comes before (M,)."""
     samples = config.ctx_frames * HOP
     if arguments.prompt is None:
-        examples = load(Path(arguments.run) / "autoencoder.pt")["examples"]
+        examples = load(Path(arguments.runs[0]) / "autoencoder.pt")["examples"]
         chosen = torch.arange(arguments.num) % len(examples)
         return examples[chosen, :samples].float() / 32767, torch.zeros(0)
     wave = read_prompt(arguments.prompt, samples)
     return wave[-samples:].repeat(arguments.num, 1), wave[:-samples]
 
 
-def main():
-    arguments = parse()
-    folder, files = Path(arguments.run), output_files(arguments)
-    config, model, autoencoder = load_run(folder, arguments.device)
-    waves, before = contexts(arguments, config)
-
+def speak(arguments, run, waves, before, frames):
+    """Continue waves (num, N), which come after `before` (M,), by `frames` frames: (num, N')."""
     # Generate, then decode the context and the continuation together.
-    frames = config.gen_frames
-    if arguments.seconds is not None:
-        frames = max(1, round(arguments.seconds * FRAME_RATE))
+    _, model, autoencoder = run
     context = autoencoder.encode(waves.to(autoencoder.mel_stats.device))      # (num, T, C)
     continuation = sample(model, context, frames, arguments.steps, arguments.cfg,
                           arguments.sampler, arguments.seed, progress=GENERATING)
@@ -130,15 +135,65 @@ def main():
     if len(before):
         fade = torch.linspace(0, 1, FADE)
         decoded[:, :FADE] = fade * decoded[:, :FADE] + (1 - fade) * waves[:, :FADE]
-    context_seconds = (len(before) + waves.shape[1]) / RATE
-    for file, wave in zip(files, decoded):
-        save_audio(file, torch.cat([before, wave]))
-        print(f"{file}: {context_seconds:.1f} s of context, then {frames / FRAME_RATE:.1f} s "
-              "generated")
+    return torch.cat([before.expand(len(decoded), -1), decoded], dim=1)
 
-    if files[0].parent.samefile(folder):
+
+def watch(arguments, model, context):
+    """Frames of one continuation of `context` (1, T, C) in the making, {file name: (caption,
+    frames)}: some estimates of x0, and what the same noise becomes under other guidance."""
+    steps, sampler, seed = arguments.steps, arguments.sampler, arguments.seed
+    angles, estimates = levels(model.config, steps), []
+
+    def predict(x, phi, estimate):
+        estimates.append(guided(model, context, arguments.cfg, x, phi, estimate))
+        return estimates[-1]
+
+    # The same noise as in `sample`, whose result is the last estimate.
+    shape = 1, model.config.gen_frames, model.config.channels
+    noise = keyed_noise(seed, "sample 0", 0, shape, context.device)
+    {"dpm": dpm_solver, "ddim": ddim}[sampler](predict, noise, angles)
+
+    shown = {}
+    for i, (phi, x0) in enumerate(zip(angles, estimates), 1):
+        if i in SHOWN or i == steps:
+            log_snr = -2 * math.log(math.tan(phi))
+            shown[f"watch-{i:02}.wav"] = f"after {i} of {steps}\nlog-SNR {log_snr:.1f}", x0
+    for scale in SCALES:
+        x0 = sample(model, context, None, steps, scale, sampler, seed)
+        shown[f"watch-cfg-{scale}.wav"] = f"guidance {scale}", x0
+    return shown
+
+
+def main():
+    arguments = parse()
+    files, written = output_files(arguments), {}
+    place = files[0][0].parent
+    runs = [load_run(run, arguments.device) for run in arguments.runs]
+    config, model, autoencoder = runs[0]
+    waves, before = contexts(arguments, config)
+    context_seconds = (len(before) + waves.shape[1]) / RATE
+    seconds = arguments.seconds or config.gen_frames / FRAME_RATE
+
+    if arguments.watch:
+        context = autoencoder.encode(waves.to(autoencoder.mel_stats.device))
+        shown = watch(arguments, model, context)
+        for old in place.glob("watch-*.wav"):
+            old.unlink()
+        for name, (caption, x0) in shown.items():
+            save_audio(place / name, autoencoder.decode(torch.cat([context, x0], dim=1))[0])
+            written[place / name] = caption
+    else:
+        place.mkdir(exist_ok=True)
+        for name, run, own in zip(arguments.runs, runs, files):
+            sounds = speak(arguments, run, waves, before, max(1, round(seconds * FRAME_RATE)))
+            for i, (file, wave) in enumerate(zip(own, sounds), 1):
+                save_audio(file, wave)
+                written[file] = f"{i}: {name}" if len(runs) > 1 else file.name
+                print(f"{file}: {context_seconds:.1f} s of context, then {seconds:.1f} s generated")
+
+    if len(runs) > 1 or place.samefile(arguments.runs[0]):
         command = shlex.join(["python", "sample.py", *sys.argv[1:]])
-        open_page(folder, config, command, [folder / file.name for file in files], context_seconds)
+        open_page(place, config, command, written, context_seconds, arguments.runs)
 
 
 if __name__ == "__main__":
