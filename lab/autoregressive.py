@@ -128,7 +128,8 @@ def embedding(count, d, summed):
 def choose(logits, u):
     """Logits (N, V), uniform u (N,) -> where the cumulative probability passes u (N,)."""
     cumulative = logits.softmax(-1).cumsum(-1)
-    return (cumulative < u[:, None] * cumulative[:, -1:]).sum(-1)
+    limit = u[:, None] * cumulative[:, -1:]                   # their sum is not quite 1
+    return (cumulative < limit).sum(-1)
 
 
 class CodeHead(nn.Module):
@@ -197,24 +198,19 @@ class CodeModel(nn.Module):
         x = self.enter(codes + self.offsets).sum(2)                           # (B, P, d)
         return self.trunk(x, past)
 
-    def losses(self, ctx, x0):
-        """Negative log likelihoods, in nats, of the codes of x0 (B, T, C) after ctx: (B, P, K)."""
+    def loss(self, diffusion_loss, x0, ctx, *unused):
+        """Mean negative log likelihood, in nats, of the codes of x0 (B, T, C) after ctx: (B,)."""
         codes = self.tokeniser.encode(torch.cat([ctx, x0], dim=1))
         h, _ = self(codes[:, :-1])
         known = h[:, self.given - 1:].flatten(0, 1)                           # (B P, d)
         targets = codes[:, self.given:]                                       # (B, P, K)
         logits = self.head(known, targets.flatten(0, 1)).flatten(0, 1).float()
         losses = F.cross_entropy(logits, targets.flatten(), reduction="none")
-        return losses.view(targets.shape)
-
-    def loss(self, diffusion_loss, x0, ctx, *unused):
-        """Mean negative log likelihood (B,) of the codes of x0."""
-        return self.losses(ctx, x0).mean((1, 2))
+        return losses.view(len(x0), -1).mean(1)
 
     def errors(self, x0, ctx, eps, angles):
         """Nats a code (B, angles), the same at every noise angle: there is no noise."""
-        error = self.losses(ctx, x0).mean((1, 2))
-        return error[:, None].expand(-1, len(angles))
+        return self.loss(None, x0, ctx)[:, None].expand(-1, len(angles))
 
     def continuation(self, ctx, noise, temperature, **unused):
         """ctx (B, Tc, C), standard normal noise (B, T, C) -> frames (B, T, C)."""
@@ -223,7 +219,8 @@ class CodeModel(nn.Module):
         u = torch.special.ndtr(noise[..., :codes.shape[2]])                   # uniform
         h, past = self(codes)
         for part in u.unbind(1):
-            drawn = self.head.draw(h[:, -1], part, temperature)[:, None]      # (B, 1, K)
+            drawn = self.head.draw(h[:, -1], part, temperature)
+            drawn = drawn[:, None]                                            # (B, 1, K)
             codes = torch.cat([codes, drawn], dim=1)
             h, past = self(drawn, past)
         return self.tokeniser.decode(codes)[:, ctx.shape[1]:]
@@ -243,7 +240,8 @@ class HeadBlock(nn.Module):
         self.down = linear(4 * d, d, "hidden")
 
     def forward(self, ctx, gen, c, cos, sin, residual):
-        shift, scale, gate = self.adaln(F.silu(c + ctx)).chunk(3, dim=-1)     # (N, 1, d) each
+        modulation = self.adaln(F.silu(c + ctx))                              # (N, 1, 3 d)
+        shift, scale, gate = modulation.chunk(3, dim=-1)
         hidden = F.gelu(self.up(modulate(gen, shift, scale)))
         return ctx, gen + residual * gate * self.down(hidden)
 
@@ -261,8 +259,9 @@ class FrameHead(MMDiT):
 
     def patches(self, x):
         """h, or frames, as one token: (N, 1, d) or (N, 1, k C)."""
-        # A copy: the FLOP counter does not follow a view of h without a gradient.
-        return torch.stack([x], dim=1) if x.ndim == 2 else super().patches(x)
+        if x.ndim == 3:
+            return super().patches(x)
+        return torch.stack([x], dim=1)        # a copy: the FLOP counter does not follow a view
 
 
 class FrameModel(nn.Module):
@@ -324,7 +323,8 @@ class FrameModel(nn.Module):
         h, past = self(contexts)
         frames = []
         for eps in noise.split(self.patch_size, dim=1):
-            known, self.head.silence = h[:count, -1], h[count:, -1]
+            known = h[:count, -1]                                             # (B, d)
+            self.head.silence = h[count:, -1]
             predict = functools.partial(guided, self.head, known, cfg)
             x0 = dpm_solver(predict, eps, levels(self.config, steps))         # (B, k, C)
             frames.append(x0)
@@ -420,7 +420,8 @@ class ArmTrainer(Trainer):
         with autocast(self.device, self.hardware.dtype):
             rows = [self.ema.errors(*part, ANGLES)
                     for part in zip(x0.split(size), ctx.split(size), eps.split(size))]
-        return {"mean": (torch.cat(rows).cpu() * self.ema.ruler).mean().item()}
+        errors = torch.cat(rows).cpu() * self.ema.ruler
+        return {"mean": errors.mean().item()}
 
 
 def read_arm(folder):
@@ -492,12 +493,12 @@ def generate(model, context, frames=None, steps=STEPS, cfg=CFG, sampler="dpm", s
     given, shape = speech.shape[1], (config.gen_frames, config.channels)
     for window in progress(range(-(-frames // config.gen_frames))):
         missing = given + frames - speech.shape[1]
-        positions = -(-missing // config.patch_size)          # the last window may end earlier
+        needed = -(-missing // config.patch_size) * config.patch_size
         noise = torch.stack([keyed_noise(seed, f"sample {window}", item, shape, speech.device)
                              for item in range(len(speech))])
+        ctx = speech[:, -config.ctx_frames:]
         continuation = model.continuation(
-            speech[:, -config.ctx_frames:], noise[:, :positions * config.patch_size], steps=steps,
-            cfg=cfg, temperature=temperature)
+            ctx, noise[:, :needed], steps=steps, cfg=cfg, temperature=temperature)
         speech = torch.cat([speech, continuation], dim=1)
     return speech[:, given:given + frames]
 
