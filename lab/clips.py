@@ -24,7 +24,8 @@ from lab.listener import SHORTEST, guess_language, load_listener
 from lab.markov import EDGE, NO_WORD, parse
 from lab.pictures import draw
 from lab.stories import GRAMMARS, allowed
-from lab.toyspeech import VERSION, ToySpeech
+from lab.topics import toy_speech
+from lab.toyspeech import VERSION
 from lab.words import recogniser, stories_of, tokens
 
 HASTE, PATIENCE = 4, 60           # seconds to transcribe: at the end of training, after a command
@@ -105,7 +106,7 @@ def split(wave, context):
 def toy_transcriber(config):
     """The transcriber of toy speech. The language is the one whose phones fit the context best, or
     without context, the continuation."""
-    toy, listener = ToySpeech(config.toy_languages, config.toy_words), load_listener()
+    toy, listener = toy_speech(config), load_listener()
 
     def phones(wave):
         if len(wave) < SHORTEST * HOP:

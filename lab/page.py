@@ -133,7 +133,7 @@ def learning(runs):
         rows, valid = read_log(folder)
         means[name] = [(row["step"], row["valid"]["mean"]) for row in valid]
     if len(runs) > 1:
-        return chart("validation loss", means)
+        return f'<div class="charts">{chart("validation loss", means)}</div>'
 
     for row in valid:
         for level, loss in row["valid"].items():

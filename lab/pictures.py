@@ -87,13 +87,17 @@ def round_steps(last):
 
 
 def round_losses(low, high):
-    """Numbers between `low` and `high` that begin with 1, 2 or 5, for a logarithmic axis."""
-    numbers = []
-    power = 10.0 ** math.floor(math.log10(low))
-    while power <= high:
-        numbers += [power, 2 * power, 5 * power]
-        power *= 10
-    return [number for number in numbers if low <= number <= high]
+    """Numbers between `low` and `high` that begin with 1, 2 or 5, for a logarithmic axis; where
+    there are few of them, numbers of any first digit."""
+    for digits in ((1, 2, 5), range(1, 10)):
+        numbers = []
+        power = 10.0 ** math.floor(math.log10(low))
+        while power <= high:
+            numbers += [power * digit for digit in digits if low <= power * digit <= high]
+            power *= 10
+        if len(numbers) > 2:
+            break
+    return numbers
 
 
 def thinned(points):

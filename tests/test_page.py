@@ -20,7 +20,7 @@ from lab.clips import english_transcriber, examine, toy_transcriber
 from lab.page import measures, write_page
 from lab.pictures import chart, draw, magma, png, round_losses, round_steps
 from lab.report import MEANING
-from lab.toyspeech import SYMBOLS, ToySpeech
+from lab.toyspeech import ToySpeech
 from tests.conftest import speech_like
 
 CLIPS = "[...document.querySelectorAll('audio')]"
@@ -89,6 +89,8 @@ def test_steps_on_an_axis_are_round(last, steps):
 
 def test_losses_on_an_axis_are_round():
     assert round_losses(0.0019, 0.06) == pytest.approx([0.002, 0.005, 0.01, 0.02, 0.05])
+    assert round_losses(0.014, 0.034) == pytest.approx([0.02, 0.03])
+    assert round_losses(0.4, 0.71) == pytest.approx([0.4, 0.5, 0.6, 0.7])
 
 
 def test_a_chart_has_its_points_and_says_where_the_rate_decays():
