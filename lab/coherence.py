@@ -50,7 +50,7 @@ TEXTS = 64                 # conversations of each text
 PROMPT = 20.0              # seconds: most prompts have both speakers, whatever the model hears
 PAUSE = 8                  # frames, 100 ms: a silence that lasts so long ends a phrase
 SAME = APART / 2           # octaves: two phrases that are nearer to each other have one voice
-BACK = SAME / 2            # octaves: the same of two turns, whose pitch is known better
+BACK = SAME / 2            # octaves: the same where a voice is known from several phrases
 LAGS = 1, 3, 10            # phrases
 LONG = 3.0                 # seconds from the opener to the end of the closer
 BIN = 5                    # seconds of a bin of `over_time`
@@ -273,7 +273,7 @@ def over_time(toy, clips):
             cut = slice(number * frames, (number + 1) * frames)
             words = inside[:, cut].sum(1)                     # (languages,)
             others = np.delete(words, clip.language).max(initial=0)
-            near = [(abs(phrase.pitch - voices) < SAME).any() for phrase in spoken[clip.language]
+            near = [(abs(phrase.pitch - voices) < BACK).any() for phrase in spoken[clip.language]
                     if cut.start <= phrase.start < cut.stop]
             counts[0, number, at] = words[clip.language], (clip.phone[cut] > 0).sum()
             counts[1, number, at] = words[clip.language] > others, 1

@@ -1,4 +1,5 @@
 """Coherence: each measure sees what it is for and nothing else, in text, and through the recogniser."""
+import dataclasses
 import json
 
 import numpy as np
@@ -131,6 +132,17 @@ def test_silence_and_noise_hold_no_phrase():
     silent = [Clip(np.zeros(800, np.uint8), np.zeros(800), 0, [])] * 2
     assert not any(figure["cases"] for name, figure in figures(TOY, silent).items())
     assert over_time(TOY, silent)["language"][1]["value"] == 0
+
+
+def test_quality_over_time_is_that_of_the_text():
+    sides = texts(TOY, 60, 24)
+    true, newcomers = (over_time(TOY, sides[name]) for name in ("text", "voices"))
+    assert all(len(row) == 12 for row in true.values())
+    assert min(figure["value"] for row in true.values() for figure in row) > 0.8
+    assert np.mean([figure["value"] for figure in true["speaker"]]) > 0.9
+    assert np.mean([figure["value"] for figure in newcomers["speaker"]]) < 0.7
+    other = [dataclasses.replace(clip, language=1 - clip.language) for clip in sides["text"]]
+    assert max(figure["value"] for figure in over_time(TOY, other)["language"]) < 0.1
 
 
 def test_a_turn_lasts_while_the_voice_does():
