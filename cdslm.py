@@ -942,6 +942,7 @@ import copy
 import ctypes
 import datetime
 import gc
+import glob
 import importlib
 import itertools
 import json
@@ -1185,6 +1186,15 @@ def resample(wave, rate, new_rate=RATE):
     return resampled[:-(-len(wave) * new_rate // rate)]
 
 
+@contextlib.contextmanager
+def open_audio(path):
+    """A recording as a SoundFile, and its file descriptor. Python opens it: libsndfile does not
+    take every name."""
+    with (open(path, "rb") as disk,
+          soundfile.SoundFile(disk.fileno(), closefd=False) as file):
+        yield file, disk.fileno()
+
+
 def read_audio(path, start=0, stop=math.inf):
     """Yield seconds `start` to `stop` of a recording, a minute at a time: mono, 24 kHz, float32
     (N,). Raises UserError if it can't be read or holds NaN, and after the last minute if there is
@@ -1192,9 +1202,8 @@ def read_audio(path, start=0, stop=math.inf):
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
     try:
-        with (open(path, "rb") as disk,
-              soundfile.SoundFile(disk.fileno(), closefd=False) as file):
-            rate, size = file.samplerate, os.fstat(disk.fileno()).st_size
+        with open_audio(path) as (file, disk):
+            rate, size = file.samplerate, os.fstat(disk).st_size
             end = math.ceil(min(file.frames, stop * rate))
             done = start * rate
             if not 8000 <= rate <= 192_000:
@@ -1218,7 +1227,7 @@ def read_audio(path, start=0, stop=math.inf):
 
             # libsndfile reads as far as the header says, which may be wrong: of files that were
             # joined, or of an mp3 that does not state its length.
-            unread = size - os.lseek(disk.fileno(), 0, os.SEEK_CUR)
+            unread = size - os.lseek(disk, 0, os.SEEK_CUR)
             if done < end or (end == file.frames and unread > 4096 + 0.02 * size):
                 raise UserError(f"{path}: only its first {done / rate:.0f} s can be read; convert "
                                 "it: ffmpeg -i FILE FILE.flac")
@@ -1232,7 +1241,8 @@ def full_scale(path, subtype, modified):
     parts, but searched for its peak once, unless it was `modified` since."""
     if subtype not in ("FLOAT", "DOUBLE"):
         return 1
-    peak = max((np.abs(block).max() for block in soundfile.blocks(path, 2 ** 20)), default=0)
+    with open_audio(path) as (file, _):
+        peak = max((np.abs(block).max() for block in file.blocks(2 ** 20)), default=0)
     return 2 ** 15 if 16 < peak <= 2 ** 15 else 1
 
 
@@ -1275,7 +1285,7 @@ def replacing(path, keep=None):
         if keep and path.exists():
             os.replace(path, keep)
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:                  # torch, libsndfile: RuntimeError
+    except (OSError, RuntimeError, UnicodeError) as error:    # torch, libsndfile: RuntimeError
         why = getattr(error, "strerror", None) or reason(error)
         if path.parent.is_dir() and shutil.disk_usage(path.parent).free < 2 ** 20:
             why = "the disk is full"
@@ -1346,20 +1356,27 @@ def pcm(wave):
 
 
 def check_data(config):
-    """Raise UserError if one of the folders of `config.data` is not there."""
-    for name in [config.data] if isinstance(config.data, str) else config.data:
-        if name == "toy" and lab("toyspeech") is None:
+    """Raise UserError if something that `config.data` names is not there."""
+    for place in places(config.data):
+        if place == "toy" and lab("toyspeech") is None:
             raise UserError("--data toy needs lab/toyspeech.py beside cdslm.py; or give --data a "
                             "folder of recordings")
-        if name != "toy" and not Path(name).expanduser().exists():
-            raise UserError(f"--data {name}: no such folder")
+        if place != "toy" and not Path(place).exists():
+            raise UserError(f"--data {place}: no such folder")
 
 
 def places(data):
     """The folders and files that `--data` names, each once, as absolute paths; and "toy"."""
-    names = [data] if isinstance(data, str) else data
-    found = ["toy" if name == "toy" else os.path.realpath(os.path.expanduser(name))
-             for name in names]
+    found = []
+    for name in [data] if isinstance(data, str) else data:
+        if name == "toy":
+            found.append(name)
+            continue
+        if not name:
+            raise UserError("--data is empty; give it a folder of recordings")
+        name = os.path.expanduser(name)
+        names = [name] if os.path.exists(name) else sorted(glob.glob(name)) or [name]
+        found += map(os.path.realpath, names)
     found = list(dict.fromkeys(found))
     return [place for place in found if not set(map(str, Path(place).parents)) & set(found)]
 
@@ -1424,7 +1441,8 @@ def folder_source(folder):
             stat = path.stat()
             if not path.is_file():
                 raise UserError("not a file")
-            seconds = soundfile.info(path).duration
+            with open_audio(path) as (file, _):
+                seconds = file.frames / file.samplerate
             if not seconds:
                 raise UserError("contains no samples")
             if seconds > stat.st_size:
@@ -1788,6 +1806,8 @@ def check_out(config):
     """Raise UserError unless the run folder is new, or of this configuration and method, with
     room for four checkpoints. A run that was shortened to fit `minutes` stays as short."""
     folder = Path(config.out)
+    if not config.out.isprintable():                          # torch opens no such file
+        raise UserError(f"--out {folder}: its name is not valid UTF-8; choose another")
     if (folder / "config.json").exists():
         saved, code = read_config(folder), read_json(folder / "config.json").get("method", "")
         old, new = dataclasses.asdict(saved), dataclasses.asdict(config)

@@ -395,7 +395,7 @@ def test_a_shortened_run_stays_as_short(mute, small, monkeypatch, capsys):
 
 MISTAKES = {                                      # in the order in which they are told
     "--parallel fsdp is for many devices": dict(parallel="fsdp"),
-    "--data nosuch: no such folder": dict(data="nosuch"),
+    "nosuch: no such folder": dict(data="nosuch"),
     "choose another --out": dict(out="holds"),
     "are needed for its checkpoints": dict(width=8192, depth=64),
 }

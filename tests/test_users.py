@@ -285,6 +285,24 @@ def test_whole_recordings_are_not_called_cut(recordings, name):
     assert len(load_audio(recordings / name)) == pytest.approx(62 * 24_000, abs=2400)
 
 
+def test_recordings_of_any_name_are_read(small, recordings, tmp_path):
+    """Bytes that are not UTF-8, and a folder of such a name."""
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/r\xff"))
+    recordings.rename(folder)
+    (folder / "3.wav").rename(folder / os.fsdecode(b"\xe9.wav"))
+    corpus = open_corpus(small(data=str(folder)))
+    assert not corpus.skipped and sum(len(shard["mel"]) for shard in corpus.shards) == 200 * 80
+
+
+def test_an_out_that_torch_cannot_open_is_refused_first(small, recordings, tmp_path):
+    out = os.fsdecode(os.fsencode(tmp_path) + b"/o\xff")
+    with pytest.raises(UserError, match="not valid UTF-8"):
+        train(small(data=str(recordings), out=out))
+    with pytest.raises(UserError, match="could not be written"):
+        cdslm.save_audio(out + ".wav", torch.zeros(10))
+    assert not Path(out).exists()
+
+
 # --------------------------------------------------------------------------------------------------
 # 8, 9. One place, one name; output inside the input.
 
@@ -335,6 +353,15 @@ def test_a_moved_folder_keeps_its_cache(small, recordings, tmp_path, monkeypatch
 def test_one_file_is_data_too(small, tmp_path):
     path = record(tmp_path / "talk.wav", 120)
     assert open_corpus(small(data=str(path))).hours("train") > 0.02
+
+
+def test_a_glob_is_data_too_and_nothing_is_not(small, recordings, monkeypatch):
+    monkeypatch.chdir(recordings)
+    assert len(cdslm.places("[0-3]*.wav")) == 4
+    record(recordings / "old [0-3]/a.wav", 1)
+    assert cdslm.places("old [0-3]") == [str(recordings / "old [0-3]")]
+    with pytest.raises(UserError, match="--data is empty"):
+        train(small(data=""))
 
 
 def test_a_run_folder_inside_the_data_is_not_learned_from(small, recordings, monkeypatch):
