@@ -6,7 +6,7 @@
 The run continues held-out prompts of 20 s for a minute each. The toy recogniser finds phones and
 pitch; pauses cut them into phrases, and phones into words. Then, of phrases that are whole:
 
-    topic after the prompt  share of first phrases that have the topic of the prompt
+    topic after prompt      share of first phrases that have the topic of the prompt
     topic, 1 3 10 later     share of pairs of phrases, so many apart, that have the same topic
     half-life               seconds after which half of that is lost which exceeds chance
     whole phrases           share that begins with an opener and ends with a closer
@@ -17,9 +17,10 @@ pitch; pauses cut them into phrases, and phones into words. Then, of phrases tha
     semitones apart         between the two voices
 
 Beside the run stand the true continuations, recognised in the same way, and texts: of the grammar;
-of a babbler that knows which word follows which; and of the grammar with one of its chances
-changed, so that exactly one thing is forgotten. Intervals (95 %) resample conversations. The last
-table shows words, language and speaker every 5 s: what degrades over a minute?
+of a babbler that knows which word follows which (pairs); of the grammar with one of its chances
+changed, so that exactly one thing is forgotten; and of somebody who knows the grammar, but forgets
+what lies outside the run's window: the best that the run can reach. Intervals (95 %) resample
+conversations. The last table shows words, language and speaker every 5 s: what degrades?
 """
 import dataclasses
 import itertools
@@ -40,8 +41,8 @@ from cdslm import (
 from lab.listener import batched, load_listener, spans
 from lab.markov import NO_WORD, parse
 from lab.topics import (
-    APART, CLOSER, CONTENT, LINK, OPENER, TOPIC_WORDS, TOPICS, WORDS, Chances, Phrase, TopicSpeech,
-    toy_speech)
+    APART, CLOSER, CONTENT, LINK, OPENER, PAIRS, TOPIC_WORDS, TOPICS, WORDS, Chances, Phrase,
+    TopicSpeech, toy_speech)
 from lab.toyspeech import SYMBOLS, VOWELS
 from lab.words import share
 
@@ -115,9 +116,9 @@ def places(words):
             yield (word - CONTENT) % TOPIC_WORDS
 
 
-def phrases_of(phone, octaves, language):
-    """Phone numbers (T,) and pitch in octaves (T,) -> the phrases between the pauses. Anything
-    without a vowel is noise."""
+def phrases_of(phone, octaves, language, at=0):
+    """Phone numbers (T,) and pitch in octaves (T,), from frame `at` on -> the phrases between the
+    pauses. Anything without a vowel is noise."""
     groups = []
     for span in spans(phone):
         if not groups or span[1] - groups[-1][-1][2] >= PAUSE:
@@ -132,7 +133,7 @@ def phrases_of(phone, octaves, language):
             continue
         pieces = []
         for word, start, stop in parse([SYMBOLS[number] for number, _, _ in group], language):
-            start, stop = group[start][1], group[stop - 1][2]
+            start, stop = at + group[start][1], at + group[stop - 1][2]
             if pieces and word == NO_WORD == pieces[-1][0]:   # one gap, however many phones
                 start = pieces.pop()[1]
             pieces.append((word, start, stop))
@@ -159,14 +160,14 @@ class Clip:
     phone: np.ndarray      # (T,) index into SYMBOLS
     octaves: np.ndarray    # (T,) pitch in octaves above 150 Hz
     language: int
-    prompt: list           # the phrases of the prompt, as they are in truth
+    prompt: list           # the true phrases of the prompt; their frames are negative
 
 
 def count(clip, phrases, answers):
     """{measure: (right, all)} of the whole phrases of one clip."""
     topics = [phrase.topic for phrase in phrases]
     before = [phrase.topic for phrase in clip.prompt if phrase.topic is not None]
-    found = {"topic after the prompt": same(zip(before[-1:], topics))}
+    found = {"topic after prompt": same(zip(before[-1:], topics))}
     for lag in LAGS:
         found[f"topic, {lag} later"] = same(zip(topics, topics[lag:]))
 
@@ -243,12 +244,16 @@ def half_life(conversations):
     return {"value": float(fit(everything)), "interval": interval, "cases": cases}
 
 
-def figures(toy, clips):
-    """{measure: {value, interval, cases}} of clips."""
+def figures(toy, clips, window=None):
+    """{measure: {value, interval, cases}} of clips, all of them or what is remembered of them with
+    a `window`, see `forget`."""
     conversations, rows = [], []
     for clip in clips:
         language = toy.languages[clip.language]
-        phrases = phrases_of(clip.phone, clip.octaves, language)[1:-1]        # the ends are cut
+        phrases = phrases_of(clip.phone, clip.octaves, language)
+        if window:
+            phrases = forget(clip.prompt, phrases, *window)
+        phrases = phrases[1:-1]                               # both ends are cut in two
         conversations.append(phrases)
         rows.append(count(clip, phrases, language.answers))
     groups = range(len(clips))
@@ -324,11 +329,37 @@ class WordPairs(TopicSpeech):
                 speaker, turn = 1 - speaker, turn + 1
 
 
+def forget(prompt, phrases, ctx, gen):
+    """True phrases as somebody would speak them who knows the grammar, but generates `gen` frames
+    at once and remembers no more than `ctx` frames before those: the best that a model with this
+    window can do. Topic, answer and closer are drawn where what determines them is forgotten;
+    voices are not forgotten."""
+    rng, moved, changed = np.random.default_rng(0), 0, []
+    mentioned = max((start for phrase in prompt for word, start, _ in phrase.pieces
+                     if word >= CONTENT), default=-math.inf)
+    for phrase in phrases:
+        pieces = []
+        for word, start, stop in phrase.pieces:
+            horizon = start // gen * gen - ctx
+            if word >= CONTENT:
+                topic, place = divmod(word - CONTENT, TOPIC_WORDS)
+                if mentioned < horizon:
+                    moved, place = rng.integers(TOPICS), rng.integers(TOPIC_WORDS)
+                word = CONTENT + (topic + moved) % TOPICS * TOPIC_WORDS + place
+                mentioned = start
+            elif CLOSER <= word < LINK and phrase.start < horizon:
+                word = CLOSER + rng.integers(PAIRS)
+            pieces.append((int(word), start, stop))
+        changed.append(SpokenPhrase(pieces, phrase.pitch))
+    return changed
+
+
 def true_clip(toy, talk, start):
     """A conversation from frame `start` on, as a recogniser without errors would give it; before it
     is the prompt."""
     octaves = np.log2(np.maximum(talk.f0, 50) / 150)
-    prompt = phrases_of(talk.phone[:start], octaves[:start], toy.languages[talk.language])
+    language = toy.languages[talk.language]
+    prompt = phrases_of(talk.phone[:start], octaves[:start], language, at=-start)
     return Clip(talk.phone[start:], octaves[start:], talk.language, prompt)
 
 
@@ -391,42 +422,39 @@ def judge(arguments):
     timed = {name: over_time(toy, side) for name, side in sides.items()}
     sides |= texts(toy, arguments.seconds)
     found = {name: figures(toy, side) for name, side in sides.items()}
+    window = config.ctx_frames, config.gen_frames
+    found["window"] = figures(toy, sides["text"], window)
     return vars(arguments) | {"figures": found, "over_time": timed}
 
 
 def cell(figure, with_interval=False):
-    """A figure as it is printed."""
+    """A figure as it is printed, with half of its interval."""
     if not figure["cases"]:
         return "-"
-    text = f"{figure['value']:.3g}"
-    if figure["value"] < 1:
-        text = f"{figure['value']:.2f}".removeprefix("0")
-    if with_interval:
-        low, high = figure["interval"]
-        half = f"{(high - low) / 2:.2g}".removeprefix("0")
-        text += f" ±{half}"
-    return text
+    low, high = figure["interval"]
+    values = [figure["value"], (high - low) / 2]
+    texts = [f"{value:.{2 if value < 9.995 else 0}f}".removeprefix("0") for value in values]
+    return " ±".join(texts) if with_interval else texts[0]
 
 
 def show(report):
     """Print the figures of all sides beside each other, then those over time."""
     found = report["figures"]
-    print(f"{'':47}text of the grammar, of word pairs, and without its")
-    names = "".join(f"{name:>7}" for name in list(found)[2:])
-    print(f"{'':23}{'generated':>12}{'true':>12}{names}")
+    nulls = [name for name in found if name not in ("generated", "true")]
+    print(f"{'':44}text of the grammar: as it is; of word pairs; without")
+    print(f"{'':22}{'generated':>11}{'true':>11}" + "".join(f"{name:>8}" for name in nulls))
     for name in found["true"]:
-        cells = [cell(found[side][name], with_interval=True).rjust(12)
-                 for side in ("generated", "true")]
-        cells += [cell(side[name]).rjust(7) for side in list(found.values())[2:]]
-        print(f"{name:23}" + "".join(cells))
+        cells = [cell(found[side][name], True).rjust(11) for side in ("generated", "true")]
+        cells += [cell(found[null][name]).rjust(8) for null in nulls]
+        print(f"{name:22}" + "".join(cells))
 
     rows = report["over_time"]
     bins = len(rows["true"]["words"])
-    print(f"\n{'from second':23}" + "".join(f"{BIN * number:6}" for number in range(bins)))
+    print(f"\n{'from second':22}" + "".join(f"{BIN * number:6}" for number in range(bins)))
     for measure in rows["true"]:
         for side in ("generated", "true"):
             cells = [cell(figure).rjust(6) for figure in rows[side][measure]]
-            print(f"{measure + ', ' + side:23}" + "".join(cells))
+            print(f"{measure + ', ' + side:22}" + "".join(cells))
 
 
 def main():

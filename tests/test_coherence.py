@@ -20,7 +20,7 @@ from tests.conftest import SMALL, command, flags
 TOY = TopicSpeech()
 # The measures that a null breaks. All others must stay as they are.
 BREAKS = {
-    "topic": {"topic after the prompt", "topic, 1 later", "topic, 3 later", "topic, 10 later", "half-life, s"},
+    "topic": {"topic after prompt", "topic, 1 later", "topic, 3 later", "topic, 10 later", "half-life, s"},
     "closers": {"closers agree", "  within 3 s", "  later"},
     "replies": {"replies answer"},
     "turns": {"phrases a turn", "seconds a turn", "semitones apart"},
@@ -95,6 +95,17 @@ def test_pjsd_does_not_see_coherence():
     true, forgetful = (eval_pjsd.compare(phones(chances, 0, 20), reference, splits=2)["pjsd"][1]
                        for chances in (Chances(), coherence.NULLS["topic"]))
     assert forgetful < true + 0.001
+
+
+def test_a_window_limits_what_can_be_remembered(found):
+    """A second of context may hold no topic word, and seldom the opener; eight hold all but the topic's history."""
+    clips = texts(TOY, 60)["text"]
+    second, eight, whole = (figures(TOY, clips, (80 * ctx, 240)) for ctx in (1, 8, 100))
+    assert second["half-life, s"]["value"] < 0.7 * whole["half-life, s"]["value"]
+    assert second["  later"]["value"] < second["  within 3 s"]["value"] < 0.9
+    assert second["replies answer"]["value"] < 0.7 < eight["replies answer"]["value"]
+    assert eight["closers agree"]["value"] == 1
+    assert whole == found["text"]
 
 
 def frames_of(language, *words, pause=20):
@@ -183,7 +194,7 @@ def test_a_run_is_judged(run):
     done = command("lab.coherence", run, "--num", 2, "--seconds", 10)
     assert done.returncode == 0, done.stderr
     report = json.loads((run / "coherence.json").read_text())
-    assert list(report["figures"]) == ["generated", "true", "text", "pairs", *BREAKS]
+    assert list(report["figures"]) == ["generated", "true", "text", "pairs", *BREAKS, "window"]
     assert {name: len(row) for name, row in report["over_time"]["true"].items()} == {
         "words": 2, "language": 2, "speaker": 2}
     assert report["over_time"]["true"]["words"][0]["value"] > 0.9
