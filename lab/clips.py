@@ -86,13 +86,14 @@ def transcriber(config, run, patient):
     """transcribe(wave (N,), seconds of context) -> transcript, for the sounds of a run; None where
     there is no recogniser. A `patient` caller waits a minute, once, while the toy recogniser is
     trained."""
-    if config.data == "toy":
-        trained = any(cache_root().glob(f"listener-{VERSION}-*.pt"))
-        return toy_transcriber(config) if patient or trained else None
     try:
-        return english_transcriber(recogniser("tiny.en"), run)
-    except UserError:
-        return None
+        if config.data != "toy":
+            return english_transcriber(recogniser("tiny.en"), run)
+        if patient or any(cache_root().glob(f"listener-{VERSION}-*.pt")):
+            return toy_transcriber(config)
+    except (UserError, OSError):
+        pass                                                  # no package, no cache
+    return None
 
 
 def split(wave, context):

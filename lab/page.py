@@ -39,6 +39,7 @@ distributed alike, 1 if they have nothing in common. Below generated and true sp
 texts that know only which few phones or words follow each other. Lines are 95 % intervals."""
 CURVES = """<p>{step} steps, {hours:.0f} hours, {epochs:.0f} epochs. The training loss has the
 weights that the settings give it; the validation loss has the same in all runs."""
+DECIDED = '<img src="decided.png" alt="what is read from the estimates of x0, by log-SNR">'
 RENAMED = {"method": "code of Part I", "speech": "recordings, as a fingerprint"}
 
 
@@ -184,11 +185,6 @@ def judgement(runs):
     return tables and JUDGED + tables
 
 
-def decided(folder):
-    """The figure of eval_pjsd.py --decided."""
-    return '<img src="decided.png" alt="accuracies">' if (folder / "decided.png").exists() else ""
-
-
 def making(config):
     """The command that trains such a run, and all its settings."""
     words = ["python", "cdslm.py", *command_line(config)]
@@ -226,7 +222,7 @@ def write_page(folder, config, command="", written=None, context=0.0, runs=()):
         "Blind test": lambda: blind(clips),
         "How it learned": lambda: learning(runs),
         "Judged": lambda: judgement(runs),
-        "What is decided when": lambda: decided(folder),
+        "What is decided when": lambda: DECIDED if (folder / "decided.png").exists() else "",
         "How it was made": lambda: making(config) if len(runs) == 1 else "",
     }
     body = ""
@@ -238,15 +234,19 @@ def write_page(folder, config, command="", written=None, context=0.0, runs=()):
         if inside:
             body += f"<h2>{title}</h2>\n<section>{inside}</section>\n"
 
-    name, size = escape(folder.resolve().name), count(config)["parameters"] / 1e6
-    legend = LEGEND if any("said" in clip for clip in clips.values()) else ""
-    body = (f"<p>A spoken language model of {size:.1f} M parameters. Its speech is generated: no "
-            f"person has spoken it.{legend}\n{body}")
+    size = count(config)["parameters"] / 1e6
+    intro = f"<p>A spoken language model of {size:.1f} M parameters."
+    if len(runs) > 1:
+        intro = f"<p>{len(runs)} spoken language models with the same contexts and noise."
+    intro += " What they generate, no person has spoken."
+    if any("said" in clip for clip in clips.values()):
+        intro += LEGEND
+    name = escape(folder.resolve().name)
     page = TEMPLATE.read_text(encoding="utf-8")
-    page = page.replace("<!-- name -->", name).replace("<!-- body -->", body)
+    page = page.replace("<!-- name -->", name).replace("<!-- body -->", intro + body)
     with replacing(folder / "index.html") as temporary:
         temporary.write_text(page, encoding="utf-8", errors="replace")
-    print(f"open {folder / 'index.html'} in a browser: players, losses, settings")
+    print(f"open {folder / 'index.html'} in a browser")
 
 
 def main():
