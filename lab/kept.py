@@ -3,8 +3,9 @@ fail.
 
 The toy recogniser (`lab/listener.py`) reads a voice from a clip: pitch, vocal tract, pitch range
 and tempo. In toy speech some of them go together: high voices have short vocal tracts, and the
-tempo is that of the style times that of the speaker. Here they are taken apart. Breath is read from
-the spectrum of the vowels, by a linear estimate that is fitted to other toy speech.
+tempo is that of the style times that of the speaker. Here they are taken apart. Of the vocal tract
+the recogniser knows little but what the pitch tells of it; tract and breath are therefore read from
+the vowels by a linear estimate, fitted to other toy speech.
 
     tract_kept     the vocal tract, less what the pitch tells of it
     breath_kept    how breathy the voice is
@@ -23,40 +24,58 @@ from lab.toyspeech import VOWELS, ToySpeech
 
 CLIPS = 400                            # that the estimate of breath is fitted to
 CLIP_FRAMES = 320
-RIDGE = 30.0
+RIDGE = 3.0
 SHIFTS = 8                             # other contexts, for the floor
 
 
-def vowel_spectra(mel, frames):
-    """Log-mels (B, T, 80) and recognised phones (B, T) -> (B, 158): the mean spectrum of the vowels
-    of each clip, and how uneven their spectra are from band to band, as harmonics make them."""
+def spectra(mel):
+    """Log-mels (B, T, 80) -> (B, T, 158): each frame, and how uneven it is from band to band, as
+    harmonics make it."""
     mel = mel.float().cpu()
-    vowel = torch.from_numpy(np.isin(frames, VOWELS)).float()                 # (B, T)
-    share = vowel / vowel.sum(1, keepdim=True).clamp(min=1)
     uneven = (mel[..., 2:] - 2 * mel[..., 1:-1] + mel[..., :-2]).abs()        # (B, T, 78)
-    both = torch.cat([mel, uneven], dim=2)
-    return (both * share[..., None]).sum(1).numpy()
+    return torch.cat([mel, uneven], dim=2).numpy()
 
 
-class BreathMeter:
-    """Ridge regression (Hoerl & Kennard 1970) from `vowel_spectra` to the logarithm of breath."""
+class VoiceMeter:
+    """Ridge regression (Hoerl & Kennard 1970) from the vowels of a clip to the logarithm of its
+    breath and to its vocal tract, less what the pitch tells of it. Of each vowel its mean spectrum
+    is subtracted, so that it does not matter which ones a clip has."""
 
     def __init__(self, listener):
         toy = ToySpeech(languages=8, words=40, seed=1)        # what the recogniser learned from
-        waves, spoken = speak(toy, 0, CLIPS, CLIP_FRAMES, "breath: speech")
+        waves, spoken = speak(toy, 0, CLIPS, CLIP_FRAMES, "voices: speech")
         mel = batched(log_mel, waves)
-        features = vowel_spectra(mel, listener.hear(mel)["frames"])
-        target = breath_truth(spoken)
+        frames, rows = listener.hear(mel)["frames"], spectra(mel)
+        self.means = {phone: rows[frames == phone].mean(0)
+                      for phone in VOWELS if (frames == phone).any()}
+        features = self.features(mel, frames)                 # (B, 158)
+        target = np.stack([breath_truth(spoken), tract_truth(spoken)], axis=1)
         self.mean, self.scale = features.mean(0), features.std(0) + 1e-3
         x = (features - self.mean) / self.scale
         gram = x.T @ x + RIDGE * np.eye(x.shape[1])
-        self.weights = np.linalg.solve(gram, x.T @ (target - target.mean()))
-        self.offset = target.mean()
+        self.weights = np.linalg.solve(gram, x.T @ (target - target.mean(0)))
+        self.offset = target.mean(0)
+
+    def features(self, mel, frames):
+        """Log-mels (B, T, 80), recognised phones (B, T) -> (B, 158): the mean over vowels."""
+        rows, total = spectra(mel), np.zeros((len(mel), 158))
+        for phone, mean in self.means.items():
+            there = frames == phone                           # (B, T)
+            total += ((rows - mean) * there[..., None]).sum(1)
+        count = np.isin(frames, list(self.means)).sum(1, keepdims=True)
+        return total / np.maximum(1, count)
 
     def read(self, mel, frames):
-        """Log of breath (B,) of log-mels (B, T, 80) with recognised phones (B, T)."""
-        x = (vowel_spectra(mel, frames) - self.mean) / self.scale
+        """(B, 2): logarithm of breath, vocal tract less what the pitch tells of it."""
+        x = (self.features(mel, frames) - self.mean) / self.scale
         return x @ self.weights + self.offset
+
+
+def tract_truth(spoken):
+    """The scale of the formants, less what the pitch tells of it (B,)."""
+    tract = np.array([u.speaker["tract"] for u in spoken])
+    log_pitch = np.log([u.speaker["pitch"] for u in spoken])
+    return tract - np.polyval(np.polyfit(log_pitch, tract, 1), log_pitch)
 
 
 def breath_truth(spoken):
@@ -77,16 +96,12 @@ def nearness(value, truth, group=None):
     return float(nearer[compared].mean()) if compared.any() else 0.5
 
 
-def voice_kept(voice, breath, spoken):
-    """{measure: value} of recognised voices (B, 4) and breath (B,), against the truth of `spoken`.
-    """
+def voice_kept(voice, breath, tract, spoken):
+    """{measure: value} of recognised voices (B, 4), breath and tract (B,), against the truth of
+    `spoken`."""
     truth = voice_truth(spoken)
-    slope, offset = np.polyfit(truth[:, 0], truth[:, 1], 1)
-
-    def less_pitch(rows):
-        return rows[:, 1] - slope * rows[:, 0] - offset
     return {
-        "tract_kept": nearness(less_pitch(voice), less_pitch(truth)),
+        "tract_kept": nearness(tract, tract_truth(spoken)),
         "breath_kept": nearness(breath, breath_truth(spoken)),
         "rate_kept": nearness(voice[:, 3], truth[:, 3], np.array([u.style for u in spoken])),
         "style_kept": nearness(voice[:, 2], truth[:, 2]),
@@ -96,14 +111,13 @@ def voice_kept(voice, breath, spoken):
 def voice_rows(listener, spoken, generated, true):
     """{measure: value, ceiling, floor, normalized} of continuations, each side (recognised,
     log-mels (B, T, 80)). The ceiling is the true continuation, the floor that of other contexts."""
-    meter = BreathMeter(listener)
-    heard, breath = [], []
+    meter = VoiceMeter(listener)
+    read = []
     for recognised, mel in (generated, true):
-        heard.append(recognised["voice"])
-        breath.append(meter.read(mel, recognised["frames"]))
-    value = voice_kept(heard[0], breath[0], spoken)
-    ceiling = voice_kept(heard[1], breath[1], spoken)
-    others = [voice_kept(heard[1], breath[1], spoken[i:] + spoken[:i])
+        breath, tract = meter.read(mel, recognised["frames"]).T
+        read.append((recognised["voice"], breath, tract))
+    value, ceiling = (voice_kept(*side, spoken) for side in read)
+    others = [voice_kept(*read[1], spoken[i:] + spoken[:i])
               for i in range(1, max(2, min(SHIFTS + 1, len(spoken))))]
 
     rows = {}

@@ -53,7 +53,6 @@ DRAWS = 4
 
 STORIES = {"words": "small", "seed": 0, "voices": 6}
 ALIKE = 0.02                           # mean difference of frames that count as the same
-MIRRORED = {*pair_speech.SWAPPED, *pair_stories.KINDS}        # kinds whose pairs come in twos
 
 
 # --------------------------------------------------------------------------------------------------
@@ -175,26 +174,29 @@ def accuracy(errors, nulls, cases, mirrored=False):
 # 3. The pairs of a run, and the table.
 
 def makers(arguments, config):
-    """{kind: () -> Pairs} for a run: of a folder of recordings, of toy speech, or of stories."""
+    """{kind: () -> Pairs} for a run, of a folder of recordings, of toy speech or of stories; and
+    those kinds whose pairs come in twos that mirror each other."""
     count = arguments.number
     if arguments.folder:
         found = {}
         for kind, paths in find_pairs(arguments.folder).items():
             order = np.random.default_rng(0).permutation(len(paths))[:count]
             found[kind] = lambda paths=paths, order=order: [read_pair(*paths[i]) for i in order]
-        return found
+        return found, ()
 
     if config.data == "toy" and not arguments.stories:
         toy = ToySpeech(config.toy_languages, config.toy_words)
         sizes = config.ctx_frames, config.gen_frames
-        return {kind: lambda kind=kind: pair_speech.make_pairs(toy, kind, count, *sizes)
+        made = {kind: lambda kind=kind: pair_speech.make_pairs(toy, kind, count, *sizes)
                 for kind in pair_speech.KINDS if kind != "language" or len(toy.languages) > 1}
+        return made, pair_speech.SWAPPED
 
     settings = STORIES
     if not arguments.stories:
         settings = json.loads((stories_of(arguments.run) / "stories.json").read_text())
-    return {kind: lambda kind=kind: pair_stories.make_pairs(settings, kind, count)
+    made = {kind: lambda kind=kind: pair_stories.make_pairs(settings, kind, count)
             for kind in pair_stories.KINDS}
+    return made, pair_stories.KINDS
 
 
 def text(row, name):
@@ -249,7 +251,7 @@ def parse(argv=None):
 def main():
     arguments = parse()
     config, model, autoencoder = load_run(arguments.run, arguments.device)
-    kinds = makers(arguments, config)
+    kinds, mirrored = makers(arguments, config)
     unknown = set(arguments.kinds or []) - set(kinds)
     if unknown:
         raise UserError(f"--kinds {' '.join(sorted(unknown))}: there are {', '.join(kinds)}")
@@ -263,8 +265,7 @@ def main():
         pairs = kinds[kind]()
         errors, nulls = ask(model, autoencoder, pairs, arguments.draws)
         cases = [pair.case for pair in pairs]
-        mirrored = kind in MIRRORED and not arguments.folder
-        row = report[kind] = accuracy(errors, nulls, cases, mirrored)
+        row = report[kind] = accuracy(errors, nulls, cases, kind in mirrored)
         levels = [f"{value:>5.2f}" for value in row["levels"].values()]
         print(f"{kind:<{width}}{row['pairs']:>6}", text(row, "accuracy"), text(row, "matched"),
               f"{row['null']:>6.3f}", " " * 12, *levels, flush=True)

@@ -319,6 +319,13 @@ def test_toy_pairs_and_their_curve(trained, tmp_path):
     (trained[0] / "pairs.png").unlink()
 
 
+def test_words_in_order_do_not_come_in_twos(trained, tmp_path):
+    """Those of stories do, and have the same name."""
+    run(trained[0], "--kinds", "order", "--number", "3", "--draws", "1", "--json", tmp_path / "kept.json")
+    row = json.loads((tmp_path / "kept.json").read_text())["order"]
+    assert row["pairs"] == row["cases"] > 0 and "matched" not in row
+
+
 def test_without_matplotlib_it_says_so(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert "pip install matplotlib" in pairs.draw_curve({}, tmp_path / "curve.png")

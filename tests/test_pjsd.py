@@ -18,7 +18,7 @@ from cdslm import AudioAutoencoder
 from cdslm import RATE, UserError, load_audio, log_mel
 from lab import markov
 from lab.decided import draw_decided
-from lab.kept import BreathMeter, breath_truth, nearness as near_in_group, voice_kept, voice_rows
+from lab.kept import VoiceMeter, breath_truth, nearness as near_in_group, tract_truth, voice_kept, voice_rows
 from lab.listener import (batched, error_rate, guess_language, language_kept, load_listener,
                           nearness, ngrams, spans, speak, toy_truth, voice_truth, words_in)
 from lab.recognizers import quiet_cuts
@@ -301,26 +301,25 @@ def speakers(count, seed=0):
 def test_each_part_of_a_voice_can_be_lost_by_itself():
     """Pitch and vocal tract go together in toy speech: a model that keeps the pitch alone keeps most of `speaker`."""
     spoken, others = speakers(300), speakers(300, seed=1)
-    voice, breath = voice_truth(spoken).astype(float), breath_truth(spoken)
-    kept = voice_kept(voice, breath, spoken)
+    voice, breath, tract = voice_truth(spoken).astype(float), breath_truth(spoken), tract_truth(spoken)
+    kept = voice_kept(voice, breath, tract, spoken)
     assert all(value > 0.99 for value in kept.values())
 
     pitch_only = voice.copy()
-    slope, offset = np.polyfit(voice[:, 0], voice[:, 1], 1)
-    pitch_only[:, 1] = slope * voice[:, 0] + offset
+    pitch_only[:, 1] = np.polyval(np.polyfit(voice[:, 0], voice[:, 1], 1), voice[:, 0])
     assert nearness(pitch_only[:, :2], voice[:, :2]) > 0.85
-    assert abs(voice_kept(pitch_only, breath, spoken)["tract_kept"] - 0.5) < 0.1
+    lost = voice_kept(pitch_only, breath, tract_truth(others), spoken)
+    assert abs(lost["tract_kept"] - 0.5) < 0.1 and lost["breath_kept"] == kept["breath_kept"]
 
     style_only = voice.copy()
-    tempo = np.log2([1.0, 1.15, 0.87])[[u.style for u in spoken]]
-    style_only[:, 3] = 4 * tempo
-    lost = voice_kept(style_only, breath_truth(others), spoken)
+    style_only[:, 3] = 4 * np.log2([1.0, 1.15, 0.87])[[u.style for u in spoken]]
+    lost = voice_kept(style_only, breath_truth(others), tract, spoken)
     assert abs(lost["rate_kept"] - 0.5) < 0.1 and abs(lost["breath_kept"] - 0.5) < 0.1
     assert lost["style_kept"] == kept["style_kept"] and lost["tract_kept"] == kept["tract_kept"]
     flat = voice.copy()
     flat[:, 2] = 0.0
-    assert abs(voice_kept(flat, breath, spoken)["style_kept"] - 0.5) < 0.25
-    assert voice_kept(flat, breath, spoken)["rate_kept"] == kept["rate_kept"]
+    lost = voice_kept(flat, breath, tract, spoken)
+    assert abs(lost["style_kept"] - 0.5) < 0.25 and lost["rate_kept"] == kept["rate_kept"]
 
 
 def test_nearness_within_groups():
@@ -511,8 +510,9 @@ def test_the_voice_of_true_speech(toy_speech):
     assert all(row["value"] == row["ceiling"] and abs(row["floor"] - 0.5) < 0.06 for row in rows.values())
     assert rows["style_kept"]["ceiling"] > 0.8 and rows["breath_kept"]["ceiling"] > 0.7
     assert rows["rate_kept"]["ceiling"] > 0.65 and rows["tract_kept"]["ceiling"] > 0.6
-    meter = BreathMeter(listener)
-    assert np.corrcoef(meter.read(mel, side[0]["frames"]), breath_truth(spoken))[0, 1] > 0.6
+    breath, tract = VoiceMeter(listener).read(mel, side[0]["frames"]).T
+    assert np.corrcoef(breath, breath_truth(spoken))[0, 1] > 0.6
+    assert np.corrcoef(tract, tract_truth(spoken))[0, 1] > 0.6
 
 
 @pytest.mark.parametrize("extra, kept", [([], "judged.json"), (["--json", "mine"], "mine")])
