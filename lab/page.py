@@ -115,8 +115,9 @@ def differences(runs):
     columns = []
     for folder in runs.values():
         loss = f"{read_log(folder)[1][-1]['valid']['mean']:.4f}"
-        settings = read_json(folder / "config.json") | {"out": "", "validation loss": loss}
-        columns.append({name: str(value) for name, value in settings.items()})
+        facts = read_json(folder / "config.json") | dataclasses.asdict(read_config(folder))
+        facts |= {"out": "", "validation loss": loss}
+        columns.append({name: str(value) for name, value in facts.items()})
     rows = ""
     for name in dict.fromkeys(name for column in columns for name in column):
         cells = [column.get(name, "") for column in columns]
@@ -239,11 +240,10 @@ def write_page(folder, config, command="", written=None, context=0.0, runs=()):
     if len(runs) > 1:
         intro = f"<p>{len(runs)} spoken language models with the same contexts and noise."
     intro += " What they generate, no person has spoken."
-    if any("said" in clip for clip in clips.values()):
-        intro += LEGEND
+    legend = LEGEND if any("said" in clip for clip in clips.values()) else ""
     name = escape(folder.resolve().name)
     page = TEMPLATE.read_text(encoding="utf-8")
-    page = page.replace("<!-- name -->", name).replace("<!-- body -->", intro + body)
+    page = page.replace("<!-- name -->", name).replace("<!-- body -->", intro + legend + body)
     with replacing(folder / "index.html") as temporary:
         temporary.write_text(page, encoding="utf-8", errors="replace")
     print(f"open {folder / 'index.html'} in a browser")
