@@ -148,6 +148,7 @@ def test_a_clip_in_which_nothing_is_heard_has_no_share(monkeypatch):
         assert said["share"] is None and said["context"] == []
 
 
+@pytest.mark.slow
 def test_the_real_recogniser_hears_true_toy_speech():
     """Nearly all of it are complete words, also without a context."""
     toy, transcribe, shares = ToySpeech(), toy_transcriber(Config()), []

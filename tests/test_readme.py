@@ -14,7 +14,7 @@ from lab import plan, scaling
 from tests.conftest import ROOT, SMALL, flags, speech_like
 
 README = ROOT / "README.md"
-DOCS = ("exercises", "notebook", "results", "fidelity", "faults", "stories")
+DOCS = ("exercises", "notebook", "results", "fidelity", "faults", "stories", "coherence", "rival")
 PAGES = [README, *(ROOT / f"docs/{name}.md" for name in DOCS)]
 PROGRAMS = ["sample.py", "eval_pjsd.py"]
 PROGRAMS += [f"lab/{path.name}" for path in (ROOT / "lab").glob("*.py")]
@@ -42,6 +42,7 @@ def run():
     def run(words):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("sys.argv", words)
+            patch.setattr("lab.clips.transcriber", lambda *_: None)           # it would be trained first
             {"cdslm.py": cdslm, "sample.py": sample}[words[0]].main()
     return run
 
