@@ -96,13 +96,19 @@ def nearness(value, truth, group=None):
     return float(nearer[compared].mean()) if compared.any() else 0.5
 
 
+def standard(values):
+    """Values (B,) with mean 0 and standard deviation 1: what a decoder does to all clips alike does
+    not count."""
+    return (values - values.mean()) / (values.std() + 1e-9)
+
+
 def voice_kept(voice, breath, tract, spoken):
     """{measure: value} of recognised voices (B, 4), breath and tract (B,), against the truth of
     `spoken`."""
     truth = voice_truth(spoken)
     return {
-        "tract_kept": nearness(tract, tract_truth(spoken)),
-        "breath_kept": nearness(breath, breath_truth(spoken)),
+        "tract_kept": nearness(standard(tract), standard(tract_truth(spoken))),
+        "breath_kept": nearness(standard(breath), standard(breath_truth(spoken))),
         "rate_kept": nearness(voice[:, 3], truth[:, 3], np.array([u.style for u in spoken])),
         "style_kept": nearness(voice[:, 2], truth[:, 2]),
     }
