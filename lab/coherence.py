@@ -441,11 +441,11 @@ def show(report):
     """Print the figures of all sides beside each other, then those over time."""
     found = report["figures"]
     nulls = [name for name in found if name not in ("generated", "true")]
-    print(f"{'':44}text of the grammar: as it is; of word pairs; without")
-    print(f"{'':22}{'generated':>11}{'true':>11}" + "".join(f"{name:>8}" for name in nulls))
+    print(f"{'':44}text of the grammar; of word pairs; without its")
+    print(f"{'':22}{'generated':>11}{'true':>11}" + "".join(f"{name:>7}" for name in nulls))
     for name in found["true"]:
         cells = [cell(found[side][name], True).rjust(11) for side in ("generated", "true")]
-        cells += [cell(found[null][name]).rjust(8) for null in nulls]
+        cells += [cell(found[null][name]).rjust(7) for null in nulls]
         print(f"{name:22}" + "".join(cells))
 
     rows = report["over_time"]
