@@ -235,6 +235,9 @@ def judge_run(arguments):
     other speech beside the true continuations."""
     config, model, autoencoder = load_run(arguments.run, arguments.device)
     is_toy, m = config.data == "toy", config.gen_frames
+    if is_toy and config.toy_grammar == "topics":
+        raise UserError(f"{arguments.run} was trained on conversations; judge it with "
+                        "python -m lab.coherence")
     name = arguments.recognizer or ("toy" if is_toy else "hama")
     allowed = name == "toy" if is_toy else name != "text" and not arguments.decided
     if not allowed:

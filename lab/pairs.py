@@ -185,6 +185,9 @@ def makers(arguments, config):
         return found, ()
 
     if config.data == "toy" and not arguments.stories:
+        if config.toy_grammar == "topics":
+            raise UserError(f"{arguments.run} was trained on conversations, of which there are no "
+                            "pairs; see python -m lab.coherence")
         toy = ToySpeech(config.toy_languages, config.toy_words)
         sizes = config.ctx_frames, config.gen_frames
         made = {kind: lambda kind=kind: pair_speech.make_pairs(toy, kind, count, *sizes)

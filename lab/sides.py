@@ -10,6 +10,7 @@ import torch
 
 from cdslm import HOP, sample
 from lab.listener import batched, speak
+from lab.topics import toy_speech
 from lab.toyspeech import ToySpeech
 
 CONTEXTS, REFERENCE = 1_000_000, 2_000_000     # first toy utterances; training stops far below
@@ -45,7 +46,7 @@ def real_sides(config, corpus, autoencoder, count):
     n, m = config.ctx_frames, config.gen_frames
     toy, spoken, referents = None, [], []
     if config.data == "toy":
-        toy = ToySpeech(config.toy_languages, config.toy_words)
+        toy = toy_speech(config)
         waves, spoken = speak(toy, CONTEXTS, count, n + m, "contexts", context=n)
         reference, referents = speak(toy, REFERENCE, 3 * count, m, "reference")
         heldout = reference

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 
+import cdslm
 import eval_pjsd as judge
 from cdslm import AudioAutoencoder
 from cdslm import RATE, UserError, load_audio, log_mel
-from lab import markov
+from lab import markov, pairs
 from lab.decided import draw_decided
 from lab.kept import VoiceMeter, breath_truth, nearness as near_in_group, tract_truth, voice_kept, voice_rows
 from lab.listener import (batched, error_rate, guess_language, language_kept, load_listener,
@@ -415,6 +416,15 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(judge, "recogniser", lambda name: lambda wave, rate: ["a"])
     code, out, err = run_main(monkeypatch, capsys, "--generated", tmp_path / "bad", "--reference", tmp_path / "bad")
     assert code == 2 and "none of its 1 files can be read" in err and "skipped" in err
+
+
+def test_conversations_have_a_judge_of_their_own(monkeypatch, tmp_path):
+    config = cdslm.Config(toy_grammar="topics")
+    for module in (judge, pairs):
+        monkeypatch.setattr(module, "load_run", lambda folder, device: (config, None, None))
+        monkeypatch.setattr(sys, "argv", ["x", str(tmp_path)])
+        with pytest.raises(UserError, match="python -m lab.coherence"):
+            module.main()
 
 
 def test_missing_packages_are_named(monkeypatch):
