@@ -32,7 +32,8 @@ def spectra(mel):
     """Log-mels (B, T, 80) -> (B, T, 158): each frame, and how uneven it is from band to band, as
     harmonics make it."""
     mel = mel.float().cpu()
-    uneven = (mel[..., 2:] - 2 * mel[..., 1:-1] + mel[..., :-2]).abs()        # (B, T, 78)
+    below, above = mel[..., :-2], mel[..., 2:]
+    uneven = (below + above - 2 * mel[..., 1:-1]).abs()                       # (B, T, 78)
     return torch.cat([mel, uneven], dim=2).numpy()
 
 
@@ -45,24 +46,35 @@ class VoiceMeter:
         toy = ToySpeech(languages=8, words=40, seed=1)        # what the recogniser learned from
         waves, spoken = speak(toy, 0, CLIPS, CLIP_FRAMES, "voices: speech")
         mel = batched(log_mel, waves)
-        frames, rows = listener.hear(mel)["frames"], spectra(mel)
-        self.means = {phone: rows[frames == phone].mean(0)
-                      for phone in VOWELS if (frames == phone).any()}
+        frames = listener.hear(mel)["frames"]
+        rows = spectra(mel)
+
+        # The mean spectrum of each vowel.
+        self.means = {}
+        for phone in VOWELS:
+            there = frames == phone
+            if there.any():
+                self.means[phone] = rows[there].mean(0)
+
+        # The regression.
         features = self.features(mel, frames)                 # (B, 158)
-        target = np.stack([breath_truth(spoken), tract_truth(spoken)], axis=1)
-        self.mean, self.scale = features.mean(0), features.std(0) + 1e-3
+        self.mean = features.mean(0)
+        self.scale = features.std(0) + 1e-3
         x = (features - self.mean) / self.scale
-        gram = x.T @ x + RIDGE * np.eye(x.shape[1])
-        self.weights = np.linalg.solve(gram, x.T @ (target - target.mean(0)))
+        target = np.stack([breath_truth(spoken), tract_truth(spoken)], axis=1)
         self.offset = target.mean(0)
+        gram = x.T @ x + RIDGE * np.eye(x.shape[1])
+        self.weights = np.linalg.solve(gram, x.T @ (target - self.offset))
 
     def features(self, mel, frames):
         """Log-mels (B, T, 80), recognised phones (B, T) -> (B, 158): the mean over vowels."""
-        rows, total = spectra(mel), np.zeros((len(mel), 158))
+        rows = spectra(mel)
+        total = np.zeros((len(mel), 158))
+        count = np.zeros((len(mel), 1))
         for phone, mean in self.means.items():
-            there = frames == phone                           # (B, T)
-            total += ((rows - mean) * there[..., None]).sum(1)
-        count = np.isin(frames, list(self.means)).sum(1, keepdims=True)
+            there = (frames == phone)[..., None]              # (B, T, 1)
+            total += ((rows - mean) * there).sum(1)
+            count += there.sum(1)
         return total / np.maximum(1, count)
 
     def read(self, mel, frames):
@@ -75,7 +87,8 @@ def tract_truth(spoken):
     """The scale of the formants, less what the pitch tells of it (B,)."""
     tract = np.array([u.speaker["tract"] for u in spoken])
     log_pitch = np.log([u.speaker["pitch"] for u in spoken])
-    return tract - np.polyval(np.polyfit(log_pitch, tract, 1), log_pitch)
+    line = np.polyfit(log_pitch, tract, 1)
+    return tract - np.polyval(line, log_pitch)
 
 
 def breath_truth(spoken):
@@ -92,8 +105,10 @@ def nearness(value, truth, group=None):
     compared = truth[:, None] != truth[None]
     if group is not None:
         compared &= group[:, None] == group[None]
+    if not compared.any():
+        return 0.5
     nearer = (apart > own) + 0.5 * (apart == own)
-    return float(nearer[compared].mean()) if compared.any() else 0.5
+    return float(nearer[compared].mean())
 
 
 def standard(values):
@@ -105,12 +120,16 @@ def standard(values):
 def voice_kept(voice, breath, tract, spoken):
     """{measure: value} of recognised voices (B, 4), breath and tract (B,), against the truth of
     `spoken`."""
-    truth = voice_truth(spoken)
+    _, _, pitch_range, tempo = voice.T
+    _, _, true_range, true_tempo = voice_truth(spoken).T
+    true_tract = standard(tract_truth(spoken))
+    true_breath = standard(breath_truth(spoken))
+    style = np.array([u.style for u in spoken])
     return {
-        "tract_kept": nearness(standard(tract), standard(tract_truth(spoken))),
-        "breath_kept": nearness(standard(breath), standard(breath_truth(spoken))),
-        "rate_kept": nearness(voice[:, 3], truth[:, 3], np.array([u.style for u in spoken])),
-        "style_kept": nearness(voice[:, 2], truth[:, 2]),
+        "tract_kept": nearness(standard(tract), true_tract),
+        "breath_kept": nearness(standard(breath), true_breath),
+        "rate_kept": nearness(tempo, true_tempo, style),
+        "style_kept": nearness(pitch_range, true_range),
     }
 
 
@@ -122,13 +141,16 @@ def voice_rows(listener, spoken, generated, true):
     for recognised, mel in (generated, true):
         breath, tract = meter.read(mel, recognised["frames"]).T
         read.append((recognised["voice"], breath, tract))
-    value, ceiling = (voice_kept(*side, spoken) for side in read)
-    others = [voice_kept(*read[1], spoken[i:] + spoken[:i])
-              for i in range(1, max(2, min(SHIFTS + 1, len(spoken))))]
+    value = voice_kept(*read[0], spoken)
+    ceiling = voice_kept(*read[1], spoken)
+    others = []
+    for i in range(1, max(2, min(SHIFTS + 1, len(spoken)))):
+        others.append(voice_kept(*read[1], spoken[i:] + spoken[:i]))
 
     rows = {}
     for name, v in value.items():
-        c, f = ceiling[name], float(np.mean([other[name] for other in others]))
+        c = ceiling[name]
+        f = float(np.mean([other[name] for other in others]))
         normalized = (v - f) / (c - f) if c != f else float("nan")
         rows[name] = {"value": v, "ceiling": c, "floor": f, "normalized": normalized}
     return rows

@@ -42,10 +42,12 @@ class World:
         self.seed = int(self.rng.integers(2 ** 31))
         self.slots = {slot: self.draw(slot) for slot in STORY}
         self.person = self.rng.choice(people(self.grammar))
-        impersonal = [template.split() for template in self.grammar["sentences"]]
-        impersonal = [t for t in impersonal if not {"SUBJ", *PERSON} & set(t)]
-        self.context = self.speak(self.write(self.choose(impersonal)))
-        self.pause = np.zeros(round(self.rng.uniform(*PAUSE) * RATE), np.float32)
+        personal = {"SUBJ", *PERSON}
+        impersonal = [template for template in self.templates() if not personal & set(template)]
+        sentence = self.write(self.choose(impersonal))
+        self.context = self.speak(sentence)
+        pause = self.rng.uniform(*PAUSE)
+        self.pause = np.zeros(round(pause * RATE), np.float32)
 
     def choose(self, items):
         """One of a list."""
@@ -77,22 +79,25 @@ class World:
         """The Pair of two sentences after the context, which fills whole frames."""
         start = np.concatenate([self.context, self.pause])
         start = np.pad(start, (-len(start) % HOP, 0))
-        sides = [torch.from_numpy(np.concatenate([start, self.speak(text)]))
-                 for text in (true, false)]
+        sides = []
+        for text in (true, false):
+            wave = np.concatenate([start, self.speak(text)])
+            sides.append(torch.from_numpy(wave))
         return Pair(*sides, len(start) // HOP, case)
 
 
 def agreement_pairs(world):
     """Texts [(true, false), ...]: his or her, of a man and of a woman."""
     persons = people(world.grammar)
-    man = world.choose([person for person in persons if person["HE"] == "he"])
-    woman = world.choose([person for person in persons if person["HE"] == "she"])
+    men = [person for person in persons if person["HE"] == "he"]
+    women = [person for person in persons if person["HE"] == "she"]
+    man, woman = world.choose(men), world.choose(women)
     template = world.choose(world.templates("SUBJ", "HIS"))
     pairs = []
     for right, wrong in ((man, woman), (woman, man)):
-        who = {"SUBJ": right["NAME"]}
-        true = world.write(template, HIS=right["HIS"], **who)
-        false = world.write(template, HIS=wrong["HIS"], **who)
+        name = right["NAME"]
+        true = world.write(template, SUBJ=name, HIS=right["HIS"])
+        false = world.write(template, SUBJ=name, HIS=wrong["HIS"])
         pairs.append((true, false))
     return pairs
 
@@ -104,8 +109,9 @@ def order_templates(world):
     for a, b in itertools.combinations(NOUNS, 2):
         both = world.templates(a, b)
         forward = [template for template in both if template.index(a) < template.index(b)]
-        backward = [template for template in both if template.index(b) < template.index(a)]
-        found += [(f, g, a, b) for f in forward for g in backward]
+        backward = [template for template in both if template not in forward]
+        for first, second in itertools.product(forward, backward):
+            found.append((first, second, a, b))
     return found
 
 
@@ -135,17 +141,18 @@ def vocabulary(words):
 def non_word_pairs(world):
     """Texts [(true, false), ...]: two words of the stories, or two that have exchanged their ends
     and are none."""
-    nouns = [(slot, word) for slot in NOUNS for word in world.grammar[slot].split()]
-    foils = set()
-    while not foils or foils & vocabulary(world.words):
-        (a, word), (b, other) = world.choose(nouns), world.choose(nouns)
-        foils = {mixed(word, other), mixed(other, word)}
+    known = vocabulary(world.words)
+    first = second = next(iter(known))
+    while first in known or second in known:
+        a, b = world.choose(NOUNS), world.choose(NOUNS)
+        word, other = world.draw(a), world.draw(b)
+        first, second = mixed(word, other), mixed(other, word)
 
     pairs = []
-    for slot, true, false in ((a, word, mixed(word, other)), (b, other, mixed(other, word))):
+    for slot, true, false in ((a, word, first), (b, other, second)):
         template = world.choose(world.templates(slot))
-        sides = [world.write(template, **{slot: noun}) for noun in (true, false)]
-        pairs.append(tuple(sides))
+        pairs.append((world.write(template, **{slot: true}),
+                      world.write(template, **{slot: false})))
     return pairs
 
 

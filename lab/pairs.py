@@ -104,9 +104,12 @@ def pair_errors(model, sides, shared, draws, item):
 
     parts = math.ceil(max(map(len, ends)) / m)
     shape, device = (m, config.channels), ctx.device
-    noise = [torch.stack([keyed_noise(draw, f"pairs {part}", item, shape, device)
-                          for draw in range(draws)]) for part in range(parts)]
-    noise = torch.stack(noise)                                # (parts, draws, Tg, C)
+    noise = []
+    for part in range(parts):
+        for draw in range(draws):
+            noise.append(keyed_noise(draw, f"pairs {part}", item, shape, device))
+    noise = torch.stack(noise).unflatten(0, (parts, draws))   # (parts, draws, Tg, C)
+
     errors = [utterance_errors(model, ctx, end, parts, noise) for end in ends]
     null = [end.square().mean().cpu() for end in ends]
     return torch.stack(errors), torch.stack(null)
@@ -117,12 +120,14 @@ def ask(model, autoencoder, pairs, draws):
     device, least = autoencoder.mel_stats.device, model.config.patch_size
     errors, nulls = [], []
     for item, pair in enumerate(tqdm(pairs, desc="denoising", unit="pair", leave=False)):
-        sides = [autoencoder.encode(wave[None].to(device))[0] for wave in pair[:2]]
+        sides = []
+        for wave in (pair.true, pair.false):
+            frames = autoencoder.encode(wave[None].to(device))
+            sides.append(frames[0])
         shared = pair.shared
         if shared is None:
-            # Something must be left of both.
-            shared = min(shared_frames(*sides), *(len(side) - least for side in sides))
-            shared = max(0, shared)
+            most = min(map(len, sides)) - least               # something must be left of both
+            shared = max(0, min(shared_frames(*sides), most))
         error, null = pair_errors(model, sides, shared, draws, item)
         errors.append(error)
         nulls.append(null)
@@ -160,8 +165,14 @@ def accuracy(errors, nulls, cases, mirrored=False):
     count = len(set(cases))
     null = share_right(nulls[:, 1] - nulls[:, 0])
     levels = dict(zip(map(str, LEVELS), share_right(gain).tolist()))
-    row = {"accuracy": share, "interval": interval(share, count), "pairs": len(gain),
-           "cases": count, "null": float(null), "levels": levels}
+    row = {
+        "accuracy": share,
+        "interval": interval(share, count),
+        "pairs": len(gain),
+        "cases": count,
+        "null": float(null),
+        "levels": levels,
+    }
     if mirrored:
         both = chosen.unflatten(0, (-1, 2)).sum(1)            # (P/2,)
         matched = float(share_right(both))
