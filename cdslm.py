@@ -3,7 +3,8 @@
 A reimplementation of "Scaling Properties of Continuous Diffusion Spoken Language Models" (Ramapuram
 et al., 2026, arXiv 2604.24416). The model is trained on raw speech without transcripts. Given some
 seconds of speech, it generates the continuation: a diffusion transformer turns noise into log-mel
-frames, and a learned decoder turns the frames into sound. Read the file from top to bottom.
+frames, and a learned decoder turns the frames into sound. Read Part I from top to bottom; skip Part
+II at first.
 
 Part I, the method (needs torch only)          Part II, the machinery
   1  Config         settings and sizes           9  Decoder       frames -> sound
@@ -46,7 +47,8 @@ from torch.utils.checkpoint import checkpoint
 
 # --------------------------------------------------------------------------------------------------
 # 1. Config. One dial, the depth L: the width is 128 L [paper], attention heads are 64 wide. --size
-# names a depth together with a window and a training budget. Every field is also a flag.
+# names a depth, a window, a training budget, and the paper's method or the laptop's. Every field is
+# also a flag.
 
 class UserError(Exception):
     """A mistake that the user can correct: printed as one line, exit status 2."""
@@ -116,8 +118,8 @@ class Config:
 
     steps: int = opt(None, "optimiser steps; a larger number extends a finished run",
                      least=1, section="training")
-    minutes: float = opt(None, "without --steps: train fewer steps if they would take longer "
-                               "than this (0: no limit)", least=0)
+    minutes: float = opt(None, "train fewer steps if they would take longer than this (0, or "
+                               "--steps alone: no limit; one process, wsd)", least=0)
     batch_size: int = opt(None, "windows per step, over all devices", least=1)
     micro_batch: int = opt(0, "windows per forward pass, to save memory (0: all)", least=0)
     optimizer: str = opt(None, "for the hidden matrices; the rest uses AdamW", "adamw", "muon")
@@ -146,6 +148,7 @@ class Config:
     def __post_init__(self):
         if self.size not in SIZES:
             raise UserError(f"unknown size {self.size!r}; choose one of {', '.join(SIZES)}")
+        # A time limit: by default that of the size; --steps alone switches it off.
         if self.minutes is None and self.steps is not None:
             self.minutes = 0.0
         for name, value in ({"minutes": 0.0} | SIZES[self.size]).items():
@@ -200,9 +203,10 @@ def check(flag, value, choices, above, least, most):
         raise UserError(f"{flag} must be at most {most:g}")
 
 
-# Randomness. Every random number of training and sampling depends on a key, not on a shared state:
-# a step draws the same data and noise whether or not the run was interrupted, validated more often
-# or spread over more devices.
+# Randomness. Each random number of a training step and of sampling depends on a key, not on a
+# shared state: a step draws the same data and noise whether or not the run was interrupted,
+# validated more often or spread over more devices. Only the initial weights and the training of the
+# autoencoder use torch's own generator, with the same seed.
 
 def keyed(seed, purpose, index):
     """A 63-bit integer that depends on (seed, purpose, index) alone."""
@@ -224,7 +228,8 @@ def keyed_noise(seed, purpose, index, shape, device):
 # --------------------------------------------------------------------------------------------------
 # 2. Sound. Log-mel frames as in the paper: 24 kHz, window 1200 samples (50 ms), hop 300 (12.5 ms),
 # 80 bands, hence 80 frames a second. CHOICE: FFT of 2048, Slaney's mel scale from 0 to 12 kHz,
-# magnitudes, natural logarithm with a floor of 1e-5.
+# magnitudes, natural logarithm with a floor of 1e-5. The cache holds log-mel: whoever changes this
+# section must raise CACHE_VERSION (section 11).
 
 RATE, HOP, WINDOW, FFT, MELS, FLOOR = 24_000, 300, 1200, 2048, 80, 1e-5
 FRAME_RATE = RATE // HOP
@@ -265,39 +270,8 @@ def log_mel(wave):
 
 
 # --------------------------------------------------------------------------------------------------
-# 3. Encoder: sound -> frames. With latent_dim = 0 [paper] frames are normalised log-mel. With
-# latent_dim = 16, say, they are the latents of a variational bottleneck that is learned first. The
-# decoder, frames -> sound, is section 9.
-
-class ConvNeXt(nn.Module):
-    """(B, C, T) -> (B, C, T): depthwise convolution over time, then an MLP over channels (Liu et
-    al. 2022)."""
-
-    def __init__(self, channels, scale):
-        super().__init__()
-        self.mix = nn.Conv1d(channels, channels, 7, padding=3, groups=channels)
-        self.norm = nn.LayerNorm(channels)
-        self.up = nn.Linear(channels, 3 * channels)
-        self.down = nn.Linear(3 * channels, channels)
-        self.scale = nn.Parameter(torch.full((channels,), scale))
-
-    def forward(self, x):
-        hidden = self.norm(self.mix(x).mT)                                    # (B, T, C)
-        hidden = self.down(F.gelu(self.up(hidden)))
-        return x + (self.scale * hidden).mT
-
-
-def convnext(channels_in, channels_out, width=128, blocks=3):
-    """A network (B, channels_in, T) -> (B, channels_out, T)."""
-    middle = [ConvNeXt(width, 1 / blocks) for _ in range(blocks)]
-    enter = nn.Conv1d(channels_in, width, 7, padding=3)
-    return nn.Sequential(enter, *middle, nn.Conv1d(width, channels_out, 1))
-
-
-def autocast(device, dtype):
-    """The context in which matrix products are computed in `dtype`; weights stay in float32."""
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-
+# 3. Encoder: sound -> frames, which are normalised log-mel [paper]. Section 9 has the decoder, and
+# the option of learned latents instead of log-mel.
 
 class Encoder(nn.Module):
     """encode: wave (B, N) -> frames (B, T, C), T = ceil(N/300).
@@ -305,21 +279,9 @@ class Encoder(nn.Module):
     Frames have mean 0 and standard deviation 1. Log-mel has one mean and one standard deviation for
     all bands: a band of its own may be dead (above 4 kHz in 8 kHz recordings)."""
 
-    def __init__(self, latent_dim=0):
+    def __init__(self):
         super().__init__()
-        self.latent_dim = latent_dim
-        self.channels = latent_dim or MELS
         self.register_buffer("mel_stats", torch.tensor([-6.0, 3.0]))          # mean, std
-        self.register_buffer("latent_stats", torch.tensor([0.0, 1.0]))
-        if latent_dim:
-            self.latent_stats = self.latent_stats[:, None].repeat(1, latent_dim)
-            self.encoder = convnext(MELS, 2 * latent_dim, blocks=2)
-            self.unlatent = convnext(latent_dim, MELS, blocks=2)
-
-    def silence(self):
-        """A frame of digital silence, (C,)."""
-        wave = torch.zeros(1, 33 * HOP, device=self.mel_stats.device)
-        return self.encode(wave)[0, 16]
 
     def encode(self, wave):
         """(B, N) samples at 24 kHz -> (B, T, C) frames, T = ceil(N/300)."""
@@ -327,31 +289,12 @@ class Encoder(nn.Module):
 
     def from_mel(self, mel):
         """(B, T, 80) log-mel -> (B, T, C) frames."""
-        mel = (mel - self.mel_stats[0]) / self.mel_stats[1]
-        if not self.latent_dim:
-            return mel
-        mean = self.encoder(mel.mT).mT[..., :self.latent_dim]
-        return (mean - self.latent_stats[0]) / self.latent_stats[1]
+        return (mel - self.mel_stats[0]) / self.mel_stats[1]
 
-    def to_mel(self, frames):
-        """(B, T, C) frames -> (B, T, 80) normalised log-mel."""
-        if not self.latent_dim:
-            return frames
-        latents = frames * self.latent_stats[1] + self.latent_stats[0]
-        return self.unlatent(latents.mT).mT
-
-    def bottleneck_loss(self, wave, dtype=torch.float32, kl_weight=1e-3):
-        """Loss of the variational bottleneck on samples (B, N): log-mel reconstruction, and the KL
-        divergence of the latents from a standard normal. One window of the batch is replaced by
-        silence, which must come back as silence."""
-        wave = torch.cat([wave[1:], torch.zeros_like(wave[:1])])
-        mel = (log_mel(wave) - self.mel_stats[0]) / self.mel_stats[1]
-        with autocast(wave.device, dtype):
-            mean, logvar = self.encoder(mel.mT).float().chunk(2, dim=1)       # (B, latent_dim, T)
-            latents = mean + torch.randn_like(mean) * (0.5 * logvar).exp()
-            reconstruction = self.unlatent(latents).float().mT
-        kl = 0.5 * (mean ** 2 + logvar.exp() - 1 - logvar).mean()
-        return F.l1_loss(reconstruction, mel) + kl_weight * kl
+    def silence(self):
+        """A frame of digital silence, (C,)."""
+        wave = torch.zeros(1, 33 * HOP, device=self.mel_stats.device)
+        return self.encode(wave)[0, 16]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -413,7 +356,8 @@ class Diffusion:
 
     def weight(self, phi):
         """min-SNR weight (Hang et al. 2023): min(SNR, gamma) on the error of x0, which is
-        min(SNR, gamma) / (SNR + 1) on the error of v [paper]."""
+        min(SNR, gamma) / (SNR + 1) on the error of v [paper]. A smaller gamma caps more of the low
+        noise levels, so high noise has a larger share of the loss."""
         snr = phi.tan() ** -2
         capped = snr.clamp(max=self.gamma)
         return capped if self.predict == "x0" else capped / (snr + 1)
@@ -422,8 +366,9 @@ class Diffusion:
         """Weighted squared error (B,) of predicting x0 (B, T, C) from its noisy version at noise
         level phi (B,), given ctx (B, Tc, C).
 
-        DEVIATION with self-conditioning (Chen et al. 2023): the network first estimates x0, then
-        sees this estimate, as in sampling, where each step knows the result of the last."""
+        DEVIATION with self-conditioning (Chen et al. 2023): the network first estimates x0 without
+        gradients, then sees this estimate; in sampling, it sees the estimate of the last step. A
+        training step does this for all of its windows or for none."""
         phi_b = phi[:, None, None]                                            # (B, 1, 1)
         xt = phi_b.cos() * x0 + phi_b.sin() * eps
 
@@ -449,9 +394,9 @@ BASE_DEPTH, BASE_WIDTH = 4, 512
 
 class Role(NamedTuple):
     """How a kind of parameter begins and learns at relative width m."""
-    init: float           # initial standard deviation, times the root of the number of inputs
+    init: float           # initial standard deviation = init / sqrt(number of inputs)
     lr_power: int         # learning rate = base rate * m ** lr_power
-    decays: bool          # weight decay = base decay * m: rate times decay stays the same
+    decays: bool          # weight decay = base decay * m, so rate * decay is the same at all m
 
 
 ROLES = {
@@ -588,7 +533,7 @@ class MMDiT(nn.Module):
         heads = max(1, d // 64)
         self.config, self.patch_size = config, config.patch_size
         self.use_checkpoint = config.checkpoint_activations
-        self.register_buffer("silence", torch.zeros(config.channels))         # the empty context
+        self.register_buffer("silence", torch.zeros(config.channels))     # set by Trainer
         self.enter_ctx = linear(token, d, "input", bias=True)
         self.enter_gen = linear(token, d, "input", bias=True)
         self.enter_guess = linear(token, d, "input") if config.self_condition else None
@@ -602,9 +547,10 @@ class MMDiT(nn.Module):
     def embed(self, phi):
         """Noise level (B,) -> (B, 1, d): sines and cosines of 128 frequencies, then an MLP."""
         frequencies = 10_000 ** -torch.linspace(0, 1, 128, device=phi.device)
-        wave = phi[:, None] * 1000 * frequencies
-        wave = torch.cat([wave.cos(), wave.sin()], dim=-1).to(self.silence.dtype)
-        return F.silu(self.noise_out(F.silu(self.noise_in(wave))))[:, None]
+        angles = phi[:, None] * 1000 * frequencies
+        features = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        features = features.to(self.silence.dtype)                            # that of the weights
+        return F.silu(self.noise_out(F.silu(self.noise_in(features))))[:, None]
 
     def patches(self, frames):
         """(B, T, C) -> (B, T/k, k C): k frames in a row are one token."""
@@ -623,7 +569,7 @@ class MMDiT(nn.Module):
         head = gen.shape[-1] // self.blocks[0].heads
         cos, sin = rotary(ctx.shape[1] + gen.shape[1], head, gen.device)
         cos, sin = cos.to(gen.dtype), sin.to(gen.dtype)
-        residual = 1 / (len(self.blocks) / BASE_DEPTH)                        # CompleteP
+        residual = BASE_DEPTH / len(self.blocks)                              # CompleteP
         for block in self.blocks:
             if self.use_checkpoint:
                 ctx, gen = checkpoint(block, ctx, gen, c, cos, sin, residual, use_reentrant=False)
@@ -681,7 +627,8 @@ def sample(model, context, frames=None, steps=STEPS, cfg=CFG, sampler="dpm", see
 
 def guided(model, ctx, cfg, xt, phi, estimate):
     """The network's x0 (B, Tg, C) for xt at noise angle phi, with classifier-free guidance (Ho &
-    Salimans 2021): uncond + cfg (cond - uncond). `uncond` sees silence as its context [paper].
+    Salimans 2021): uncond + cfg (cond - uncond). `uncond` is the same network with silence as its
+    context [paper]; in training it met such contexts only with --ctx-drop.
 
     Nor does `uncond` see the last estimate of x0: guiding away from a network that knows less makes
     more words (compare autoguidance, Karras et al. 2024)."""
@@ -692,7 +639,7 @@ def guided(model, ctx, cfg, xt, phi, estimate):
     # Both in one batch.
     xt = xt.repeat(2, 1, 1)
     ctx = torch.cat([ctx, model.silence.expand_as(ctx)])
-    if estimate is not None:
+    if estimate is not None:                                  # zeros are as no estimate
         estimate = torch.cat([estimate, torch.zeros_like(estimate)])
     x0 = diffusion.clean(model(xt, level, ctx, estimate).float(), xt, level)
     x0_cond, x0_uncond = x0.chunk(2)
@@ -712,9 +659,9 @@ def ddim(predict, x, angles):
 
 def dpm_solver(predict, x, angles):
     """DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2): second order, by extrapolating x0 from its
-    change since the last step. First order where there is no last step, or where a step in half the
-    log-SNR is infinite: from pure noise, and to clean frames. The extrapolated x0 is the next
-    estimate that the network sees."""
+    change since the last step. The first step is of first order, and so is the last one, to clean
+    frames, where the step in log-SNR is infinite. The network sees the extrapolated x0 as its next
+    estimate."""
     half_log_snr = [-math.log(math.tan(phi)) if phi else math.inf for phi in angles]
     previous = extrapolated = None
     for i, (phi, next_phi) in enumerate(zip(angles, angles[1:])):
@@ -800,6 +747,7 @@ class Muon(torch.optim.Optimizer):
         updates = torch.stack(torch._foreach_lerp(gradients, buffers, momentum))
         updates = orthogonalize(updates, self.dtype).to(matrices[0].dtype)
 
+        # A matrix with more rows than columns gets a larger step.
         rows, columns = matrices[0].shape
         torch._foreach_mul_(matrices, 1 - lr * weight_decay)
         torch._foreach_add_(matrices, list(updates), alpha=-lr * max(1, rows / columns) ** 0.5)
@@ -808,7 +756,7 @@ class Muon(torch.optim.Optimizer):
 def make_optimizers(model, config, dtype=torch.float32):
     """AdamW, and Muon if asked for, over all parameters of `model`, with the learning rate and
     weight decay of their roles. Each group keeps its full learning rate as "peak"."""
-    m, depth = config.width / BASE_WIDTH, config.depth / BASE_DEPTH
+    m, relative_depth = config.width / BASE_WIDTH, config.depth / BASE_DEPTH
     by_role = {name: [] for name in ROLES}
     for name, parameter in model.named_parameters():
         by_role[role(model, name)].append(parameter)
@@ -820,7 +768,7 @@ def make_optimizers(model, config, dtype=torch.float32):
         decay = config.weight_decay * m if ROLES[name].decays else 0.0
         groups.append(dict(params=parameters, lr=lr, weight_decay=decay))
     fused = not next(model.parameters()).is_meta
-    epsilon = 1e-8 / (m * depth)                                              # CompleteP
+    epsilon = 1e-8 / (m * relative_depth)                                     # CompleteP
     optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=epsilon, fused=fused)]
     if matrices:
         decay = config.weight_decay * config.lr / config.muon_lr
@@ -833,8 +781,8 @@ def make_optimizers(model, config, dtype=torch.float32):
 
 
 def decay_start(steps):
-    """The step at which wsd begins to decay (Hu et al. 2024). Until then, runs of different length
-    are the same run."""
+    """The step at which wsd begins to decay: the last quarter of the run (Hu et al. 2024). Before
+    it, a longer and a shorter run are equal."""
     return steps - math.ceil(steps / 4)
 
 
@@ -846,6 +794,11 @@ def lr_factor(config, step):
         return warmup * (0.5 + 0.5 * math.cos(math.pi * step / config.steps))
     decay = (config.steps - step) / (config.steps - decay_start(config.steps))
     return warmup * min(1.0, decay)
+
+
+def autocast(device, dtype):
+    """The context in which matrix products are computed in `dtype`; weights stay in float32."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 class OneDevice:
@@ -877,8 +830,8 @@ def self_conditions(config, step):
 
 
 def noise_levels(config, diffusion, step, positions):
-    """Noise angles (b,) of the windows at these positions in a step's batch. Times are stratified:
-    each window of the batch draws from an interval of its own."""
+    """Noise angles (b,) of the windows at these positions in a step's batch. The times of a batch
+    are evenly spaced, with one random offset per step."""
     offset = uniform(config.seed, "time", step)
     u = (torch.tensor(positions) + offset) / config.batch_size
     return diffusion.angle(diffusion.times(u))
@@ -900,6 +853,7 @@ def training_step(network, ema, optimizers, diffusion, config, step, batches, ha
     parts = hardware.micro_batches(config)
 
     # Gradients, summed over the micro-batches.
+    # `parts` comes first, so that zip takes no batch of the next step.
     total = torch.zeros((), device=hardware.device)
     for positions, (ctx, x0, eps) in zip(parts, batches):
         phi = noise_levels(config, diffusion, step, positions).to(ctx.device)
@@ -971,14 +925,15 @@ LAUNCHED = time.perf_counter()
 
 # --------------------------------------------------------------------------------------------------
 # 9. Decoder: frames -> sound. It follows Vocos (Siuzdak 2023): ConvNeXt blocks at the frame rate
-# predict a spectrum, one inverse STFT makes the waveform. But frames hold no phase, and a minute of
-# training is too short to learn one. So the network shapes a source-filter model (Dudley 1939):
-# pulses at the pitch found in the frames, and noise. For every bin it predicts a gain, the depth of
-# the harmonics, and the ratio of pulses to noise. Griffin-Lim then makes the phases of neighbouring
-# frames agree.
+# predict a spectrum, one inverse STFT makes the waveform. Frames hold no phase. Vocos learns to
+# make one; a minute of training is too short for that. So our network shapes a source-filter model
+# (Dudley 1939): pulses at the pitch found in the frames, and noise. For every bin it predicts a
+# gain, the depth of the harmonics, and the ratio of pulses to noise. Griffin-Lim then makes the
+# phases of neighbouring frames agree. Frames may also be the latents of a small variational
+# autoencoder (--latent-dim).
 
 DECODER_FFT = WINDOW       # no zero padding: 601 bins
-HARMONICS = 3.5            # a typical log magnitude of the pulse train: neutral for the harmonics
+PULSE_LOG_MAGNITUDE = 3.5          # typical of the pulse train: neutral for the harmonics
 
 
 def istft(spectrum):
@@ -1058,31 +1013,93 @@ def two_band_griffin_lim(magnitude, source, low=60):
     return griffin_lim(magnitude, source, iterations=2)
 
 
+class ConvNeXt(nn.Module):
+    """(B, C, T) -> (B, C, T): depthwise convolution over time, then an MLP over channels (Liu et
+    al. 2022)."""
+
+    def __init__(self, channels, scale):
+        super().__init__()
+        self.mix = nn.Conv1d(channels, channels, 7, padding=3, groups=channels)
+        self.norm = nn.LayerNorm(channels)
+        self.up = nn.Linear(channels, 3 * channels)
+        self.down = nn.Linear(3 * channels, channels)
+        self.scale = nn.Parameter(torch.full((channels,), scale))
+
+    def forward(self, x):
+        hidden = self.norm(self.mix(x).mT)                                    # (B, T, C)
+        hidden = self.down(F.gelu(self.up(hidden)))
+        return x + (self.scale * hidden).mT
+
+
+def convnext(channels_in, channels_out, width=128, blocks=3):
+    """A network (B, channels_in, T) -> (B, channels_out, T)."""
+    middle = [ConvNeXt(width, 1 / blocks) for _ in range(blocks)]
+    enter = nn.Conv1d(channels_in, width, 7, padding=3)
+    return nn.Sequential(enter, *middle, nn.Conv1d(width, channels_out, 1))
+
+
 class AudioAutoencoder(Encoder):
-    """encode: wave (B, N) -> frames (B, T, C);  decode: frames -> wave (B, 300 T)."""
+    """encode: wave (B, N) -> frames (B, T, C);  decode: frames -> wave (B, 300 T).
+
+    With latent_dim = 0 frames are log-mel, C = 80. Otherwise they are the latent_dim latents of a
+    variational bottleneck."""
 
     def __init__(self, latent_dim=0, decoder="neural"):
-        super().__init__(latent_dim)
-        self.decoder = decoder
+        super().__init__()
+        self.latent_dim, self.decoder = latent_dim, decoder
+        self.channels = latent_dim or MELS
+        self.register_buffer("latent_stats", torch.tensor([0.0, 1.0]))
+        if latent_dim:
+            self.latent_stats = self.latent_stats[:, None].repeat(1, latent_dim)
+            self.encoder = convnext(MELS, 2 * latent_dim, blocks=2)
+            self.unlatent = convnext(latent_dim, MELS, blocks=2)
         if decoder == "neural":
             self.shaper = convnext(MELS + 2, 3 * (DECODER_FFT // 2 + 1))
             for parameter in self.shaper[-1].parameters():
                 nn.init.zeros_(parameter)                     # an untrained network changes nothing
+
+    def from_mel(self, mel):
+        """(B, T, 80) log-mel -> (B, T, C) frames."""
+        mel = super().from_mel(mel)
+        if not self.latent_dim:
+            return mel
+        mean = self.encoder(mel.mT).mT[..., :self.latent_dim]
+        return (mean - self.latent_stats[0]) / self.latent_stats[1]
+
+    def to_mel(self, frames):
+        """(B, T, C) frames -> (B, T, 80) normalised log-mel."""
+        if not self.latent_dim:
+            return frames
+        latents = frames * self.latent_stats[1] + self.latent_stats[0]
+        return self.unlatent(latents.mT).mT
+
+    def bottleneck_loss(self, wave, dtype=torch.float32, kl_weight=1e-3):
+        """Loss of the variational bottleneck on samples (B, N): log-mel reconstruction, and the KL
+        divergence of the latents from a standard normal. One window of the batch is replaced by
+        silence, which must come back as silence."""
+        wave = torch.cat([wave[1:], torch.zeros_like(wave[:1])])
+        mel = super().from_mel(log_mel(wave))
+        with autocast(wave.device, dtype):
+            mean, logvar = self.encoder(mel.mT).float().chunk(2, dim=1)       # (B, latent_dim, T)
+            latents = mean + torch.randn_like(mean) * (0.5 * logvar).exp()
+            reconstruction = self.unlatent(latents).float().mT
+        kl = 0.5 * (mean ** 2 + logvar.exp() - 1 - logvar).mean()
+        return F.l1_loss(reconstruction, mel) + kl_weight * kl
 
     def spectrum(self, normalised, noise, start=0, phase=0, dtype=torch.float32):
         """Normalised log-mel (B, T, 80) and noise (1, 300 T) -> magnitudes (B, 601, T), a complex
         spectrum with initial phases (B, 601, T), and the phase of the pulses (B, 300 T), which is
         `phase` at frame `start`."""
         mel = normalised * self.mel_stats[1] + self.mel_stats[0]
-        hiss = stft(noise, DECODER_FFT)
+        noise_spectrum = stft(noise, DECODER_FFT)
         if self.decoder == "griffinlim":
-            return unmel(mel), hiss, noise
+            return unmel(mel), noise_spectrum, noise
 
         # The source: pulses at the pitch of each frame.
         magnitude = unmel(mel, iterations=1)
         hertz, periodicity = pitch(magnitude)                                 # (B, T) each
-        train, phase = pulses(hertz, start, phase)
-        hum = stft(train.to(mel.device), DECODER_FFT)
+        pulse_train, phase = pulses(hertz, start, phase)
+        pulse_spectrum = stft(pulse_train.to(mel.device), DECODER_FFT)
 
         # The network's three predictions for every bin of every frame.
         relative_pitch = (hertz / 150).log()[..., None]
@@ -1090,16 +1107,16 @@ class AudioAutoencoder(Encoder):
         features = features.mT.to(self.shaper[0].weight.dtype)
         with autocast(mel.device, dtype):
             prediction = self.shaper(features).float()
-        gain, comb, ratio = prediction.chunk(3, dim=1)                        # (B, 601, T) each
+        gain, depth, ratio = prediction.chunk(3, dim=1)                       # (B, 601, T) each
 
         # The filter: a mel band is wider than a harmonic, so the harmonics are put back.
-        harmonics = hum.abs().clamp(min=1).log() - HARMONICS
-        magnitude = magnitude * (gain + comb * harmonics).clamp(-8, 3).exp()
+        harmonics = pulse_spectrum.abs().clamp(min=1).log() - PULSE_LOG_MAGNITUDE
+        magnitude = magnitude * (gain + depth * harmonics).clamp(-8, 3).exp()
 
         # Pulses and noise. Before training, the log ratio is -3 where nothing is periodic, and 5
         # where everything is.
         log_ratio = ratio + 8 * periodicity[:, None] - 3
-        source = hum * log_ratio.clamp(-8, 8).exp() + hiss
+        source = pulse_spectrum * log_ratio.clamp(-8, 8).exp() + noise_spectrum
         return magnitude, source, phase
 
     def decode(self, frames, piece=1600, margin=64):
@@ -1115,7 +1132,7 @@ class AudioAutoencoder(Encoder):
 
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(1, HOP * length, generator=generator).to(frames.device)
-        agree = two_band_griffin_lim if self.decoder == "neural" else griffin_lim
+        fit_phases = two_band_griffin_lim if self.decoder == "neural" else griffin_lim
         waves, phase = [], 0
         for start in range(0, length, piece):
             stop = min(start + piece, length)
@@ -1124,7 +1141,7 @@ class AudioAutoencoder(Encoder):
             magnitude, source, phases = self.spectrum(
                 mel, noise[:, first * HOP:last * HOP], start - first, phase)
             phase = phases[:, (stop - first) * HOP - 1, None]                 # the next goes on
-            wave = istft(agree(magnitude, source))
+            wave = istft(fit_phases(magnitude, source))
             waves.append(wave[:, (start - first) * HOP:(stop - first) * HOP])
         return torch.cat(waves, dim=1)
 
@@ -1342,7 +1359,8 @@ class Clip:
 
 @dataclass
 class Source:
-    """Where clips come from. Another `contents` is another cache."""
+    """Where clips come from. `contents` lists the files with their sizes and dates: when it
+    changes, a new cache is made."""
     place: str
     name: str
     contents: str
@@ -1638,8 +1656,9 @@ class Corpus:
 
 
 def split(clips, window):
-    """Clips (name, minute, shard, first frame, frames) -> {split: runs (R, 3)}: contiguous frames
-    (shard, first, frames). Raises UserError if a split has no run of `window` frames.
+    """Clips (name, minute, shard, first frame, frames) -> {split: runs (R, 3)}. A run here is a
+    stretch of frames without a gap: (shard, first, frames). Raises UserError if a split has no run
+    of `window` frames.
 
     Clips shorter than a window are joined with neighbours of their folder, longer ones never."""
     total = sum(clip[-1] for clip in clips)
@@ -1911,7 +1930,7 @@ def load_run(folder, device="cpu"):
 # 13. Devices: one of any kind, or many under torchrun, which starts this program once per device.
 # Each process is a rank and computes its share of every batch; rank 0 writes.
 
-BF16_FREE = set("SSE41 AVX AVX2 AVX2_VNNI AVX2_VNNI_2 AVX512_CORE AVX512_CORE_VNNI".split())
+ISA_WITHOUT_BF16 = set("SSE41 AVX AVX2 AVX2_VNNI AVX2_VNNI_2 AVX512_CORE AVX512_CORE_VNNI".split())
 
 
 def decide(config):
@@ -1949,7 +1968,7 @@ def multiplies_bf16(device):
         return torch.cuda.get_device_capability(device)[0] >= 8
     if device.type != "cpu" or torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2"):
         return False
-    if os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in BF16_FREE:
+    if os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in ISA_WITHOUT_BF16:
         return False
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
@@ -2082,9 +2101,10 @@ def compiled(network, device):
 
 @contextlib.contextmanager
 def interruptible(signals):
-    """Ctrl-C, SIGTERM and SIGUSR1 (of a batch system) are noted in the list `signals`. A second one
-    stops at once; but torchrun forwards signals that a rank may already have had, so there they
-    count as one for ten seconds."""
+    """Ctrl-C, SIGTERM and SIGUSR1 (of a batch system) are only noted in `signals`.
+    `ManyDevices.total` tells all ranks after the step; `train_loop` then saves a checkpoint and
+    ends. A second signal stops at once. But torchrun may send a rank the same signal twice, so
+    there all signals within ten seconds count as one."""
     before, first = {}, []
 
     def note(number, frame):
@@ -2230,6 +2250,7 @@ class Trainer:
             self.hardware = OneDevice(device, dtype)
         self.device, self.rank = device, self.hardware.rank
 
+        # `model` holds the weights; `network` is the same, as DDP or compile wraps it.
         torch.manual_seed(config.seed)
         sharded = config.parallel == "fsdp"
         with torch.device("meta" if sharded and self.rank else "cpu"):
@@ -2262,8 +2283,13 @@ class Trainer:
 
     @property
     def asked(self):
-        """The same of any rank, as all know it after the last step."""
+        """Whether any rank asks to stop, and for a checkpoint, as of the last step."""
         return self.hardware.asked if dist.is_initialized() else self.asks()
+
+    @property
+    def stopping(self):
+        """Whether any rank asks to stop."""
+        return self.asked[0]
 
     def read(self, step, positions):
         """Log-mel windows (b, T, 80) and noise (b, Tg, C) of a micro-batch."""
@@ -2322,9 +2348,10 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self, number=VALIDATION_WINDOWS):
-        """The ruler: min(SNR, 5) (x0 - estimate)^2 of the EMA weights on fixed held-out windows and
-        noise, {log-SNR: loss} at ten angles, and their mean. It does not depend on the schedule or
-        on the weight of the training loss, so runs compare."""
+        """The validation loss: min(SNR, 5) (x0 - estimate)^2 of the EMA weights, without
+        self-conditioning, on fixed held-out windows and noise: {log-SNR: loss} at ten angles, and
+        their mean. It does not depend on the schedule or on the weight of the training loss, so
+        the validation losses of two runs can be compared."""
         config, hardware = self.config, self.hardware
         # The same number for each rank; what is beyond `number` is not counted.
         mine = range(self.rank, -(-number // hardware.ranks) * hardware.ranks, hardware.ranks)
@@ -2417,7 +2444,7 @@ def train(config):
         trainer = Trainer(config, corpus, autoencoder, device, dtype)
         with interruptible(trainer.signals):
             train_loop(trainer, Path(config.out))
-        if trainer.asked[0]:
+        if trainer.stopping:
             print(f"stopped after step {trainer.done}; the same command goes on from there")
             raise SystemExit(128 + (trainer.signals or [signal.SIGTERM])[0])
         if rank == 0:
@@ -2487,9 +2514,9 @@ def train_loop(trainer, folder):
                 os.fsync(log.fileno())
             trainer.save(folder / name)
 
-        while trainer.done < config.steps and not trainer.asked[0]:
+        while trainer.done < config.steps and not trainer.stopping:
             if config.lr_schedule == "wsd" and trainer.done == decay_start(config.steps):
-                checkpoint_as("trunk.pt")                     # a longer run goes on from here
+                checkpoint_as("trunk.pt")                     # a longer run resumes here
             row = trainer.step()
 
             # After the first steps: how long will it take?
@@ -2517,11 +2544,11 @@ def train_loop(trainer, folder):
 
 
 def keep_to_time(config, done, seconds):
-    """Print how long training takes at `seconds` per step. At the start of a run without --steps,
-    reduce the steps so that it takes no more than `minutes`, counted from the launch."""
+    """Print how long training takes at `seconds` per step. At the start of a run with `minutes`,
+    reduce the steps so that it takes no more than that, counted from the launch."""
     left = (config.steps - done) * seconds / 60
     if config.minutes and config.lr_schedule == "wsd" and not dist.is_initialized() and \
-            done == TRIAL:
+            done < 2 * TRIAL:                                 # it began, or went on, before TRIAL
         spent = (time.perf_counter() - LAUNCHED) / 60
         # The rest is for validation, sound, and a machine that slows down.
         affordable = (0.85 * config.minutes - spent) * 60 / seconds
