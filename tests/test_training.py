@@ -380,6 +380,15 @@ def test_a_slow_machine_takes_fewer_steps_unless_told(capsys, monkeypatch, secon
         assert (f"--steps {full}" in said) == (expected < full)
 
 
+def test_a_run_stopped_before_its_trial_keeps_its_time_limit():
+    config = cdslm.Config()
+    cdslm.keep_to_time(config, 2 * cdslm.TRIAL - 1, 0.45)
+    assert config.steps < 4500
+    config = cdslm.Config()
+    cdslm.keep_to_time(config, 2 * cdslm.TRIAL, 0.45)         # it has decided before
+    assert config.steps == 4500
+
+
 def test_a_shortened_run_stays_as_short(mute, small, monkeypatch, capsys):
     """The same command goes on with as many steps as it chose; --steps makes it longer."""
     monkeypatch.setitem(cdslm.SIZES, "tiny", cdslm.SIZES["tiny"] | dict(steps=60, minutes=1e-9))
