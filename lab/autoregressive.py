@@ -464,8 +464,8 @@ def steps_for(flops, arm, config):
     """How many training steps a budget of FLOPs pays for, after the tokeniser."""
     size = count_arm(arm, config)
     steps = (flops - size["flops_tokeniser"]) / (size["flops"] * config.batch_size)
-    if steps < 1:
-        raise UserError(f"--flops {flops:g} is less than the tokeniser and one step take")
+    if not 1 <= steps < math.inf:
+        raise UserError(f"--flops {flops:g} does not pay for the tokeniser and some steps")
     return int(steps)
 
 
@@ -485,11 +485,13 @@ def load(folder, device="cpu"):
 @torch.no_grad()
 def generate(model, context, frames=None, steps=STEPS, cfg=CFG, sampler="dpm", seed=0,
              progress=iter, temperature=1.0):
-    """As `cdslm.sample`, with a model of any arm, after a context of a window at least. B has a
-    temperature; C has steps and guidance, as A."""
+    """As `cdslm.sample`, with a model of any arm. B has a temperature; C has steps and guidance, as
+    A has."""
     if isinstance(model, MMDiT):
         return sample(model, context, frames, steps, cfg, sampler, seed, progress)
-    config, speech, frames = model.config, context.float(), frames or model.config.gen_frames
+    config, frames = model.config, frames or model.config.gen_frames
+    silence = model.silence.float().expand(len(context), config.ctx_frames, -1)
+    speech = torch.cat([silence, context.float()], dim=1)     # the context may be short
     given, shape = speech.shape[1], (config.gen_frames, config.channels)
     for window in progress(range(-(-frames // config.gen_frames))):
         missing = given + frames - speech.shape[1]
@@ -523,21 +525,14 @@ def utterance_errors(of_cdslm, angles, model, ctx, x0, parts, noise):
 
 def through_tokens(sides, model, autoencoder, *unused):
     """In the place of what a model generates: the true continuations, through its tokens."""
+    if not isinstance(model, CodeModel):
+        raise UserError("--ceiling is for runs of B and of units, which have tokens")
     waves = []
     for frames in sides.frames.split(8):
         frames = model.tokeniser.decode(model.tokeniser.encode(frames))
         frames = frames[:, model.config.ctx_frames:]
         waves.append(autoencoder.decode(frames).cpu())
     sides.generated = torch.cat(waves)
-
-
-def distinct(clips, n=4):
-    """Different phone n-grams as a share of all: how diverse speech is."""
-    grams = []
-    for clip in clips:
-        shifted = [clip[i:] for i in range(n)]
-        grams += zip(*shifted)
-    return len(set(grams)) / max(1, len(grams))
 
 
 def run_program(name, words):
@@ -548,6 +543,8 @@ def run_program(name, words):
     arguments, sys.argv[1:] = parser.parse_known_args(words)
     if not 0 < arguments.temperature < math.inf:
         raise UserError("--temperature must be more than 0")
+    if arguments.ceiling and name != "eval_pjsd":
+        raise UserError("--ceiling is for eval_pjsd")
 
     # What the program imports from cdslm.
     cdslm.load_run = load
@@ -562,10 +559,6 @@ def run_program(name, words):
         angles = [math.atan(math.exp(-level / 2)) for level in program.LEVELS]
         program.utterance_errors = functools.partial(
             utterance_errors, program.utterance_errors, angles)
-    if name == "eval_pjsd":
-        judge = program.judge
-        program.judge = lambda name, clips, seconds: judge(name, clips, seconds) | {
-            "distinct": [distinct(side) for side in clips]}
     if arguments.ceiling:
         program.generate = through_tokens
     main()
@@ -579,9 +572,9 @@ def parse(argv=None):
     group.add_argument("--flops", type=float, metavar="FLOAT",
                        help="instead of --steps: as many as this budget pays for")
     arguments = parser.parse_args(argv)
-    if arguments.flops and arguments.steps:
+    if arguments.flops is not None and arguments.steps:
         raise UserError("give --steps or --flops, not both")
-    if arguments.flops:
+    if arguments.flops is not None:
         arguments.steps = steps_for(arguments.flops, arguments.arm, to_config(arguments))
     return to_config(arguments), arguments.arm
 
