@@ -303,10 +303,10 @@ def covered(phrases, frames):
 
 NULLS = {
     "topic": Chances(new_topic=1 - 1 / TOPICS),   # each phrase draws among all topics
-    "closers": Chances(agreement=0),
-    "replies": Chances(reply=0),
-    "turns": Chances(new_speaker=0),
-    "voices": Chances(same_voice=0),
+    "closer": Chances(agreement=0),
+    "reply": Chances(reply=0),
+    "turn": Chances(new_speaker=0),
+    "voice": Chances(same_voice=0),
 }
 
 

@@ -21,13 +21,13 @@ TOY = TopicSpeech()
 # The measures that a null breaks. All others must stay as they are.
 BREAKS = {
     "topic": {"topic after prompt", "topic, 1 later", "topic, 3 later", "topic, 10 later", "half-life, s"},
-    "closers": {"closers agree", "  within 3 s", "  later"},
-    "replies": {"replies answer"},
-    "turns": {"phrases a turn", "seconds a turn", "semitones apart"},
-    "voices": {"voice comes back"},
+    "closer": {"closers agree", "  within 3 s", "  later"},
+    "reply": {"replies answer"},
+    "turn": {"phrases a turn", "seconds a turn", "semitones apart"},
+    "voice": {"voice comes back"},
 }
 # One speaker has nobody to reply to, and the newcomers' voices may be anywhere.
-UNDEFINED = {("turns", "replies answer"), ("turns", "voice comes back"), ("voices", "semitones apart")}
+UNDEFINED = {("turn", "replies answer"), ("turn", "voice comes back"), ("voice", "semitones apart")}
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def value(found, side, name):
 
 
 @pytest.mark.parametrize("name, null, expected, at_chance", [
-    ("topic, 3 later", "topic", 0.87, 0.24), ("closers agree", "closers", 1.00, 0.24), ("replies answer", "replies", 0.86, 0.19)])
+    ("topic, 3 later", "topic", 0.87, 0.24), ("closers agree", "closer", 1.00, 0.24), ("replies answer", "reply", 0.86, 0.19)])
 def test_the_simulated_figures(found, name, null, expected, at_chance):
     assert value(found, "text", name) == pytest.approx(expected, abs=0.05)
     assert value(found, null, name) == pytest.approx(at_chance, abs=0.05)
@@ -147,7 +147,7 @@ def test_silence_and_noise_hold_no_phrase():
 
 def test_quality_over_time_is_that_of_the_text():
     sides = texts(TOY, 60, 24)
-    true, newcomers = (over_time(TOY, sides[name]) for name in ("text", "voices"))
+    true, newcomers = (over_time(TOY, sides[name]) for name in ("text", "voice"))
     assert all(len(row) == 12 for row in true.values())
     assert min(figure["value"] for row in true.values() for figure in row) > 0.8
     assert np.mean([figure["value"] for figure in true["speaker"]]) > 0.9
