@@ -56,12 +56,12 @@ class UserError(Exception):
 
 PAPER = dict(
     ctx_seconds=10.0, gen_seconds=30.0, patch_size=4, predict="v", self_condition=0.0,
-    min_snr_gamma=5.0, t_shift=0.0, optimizer="adamw")
+    min_snr_gamma=5.0, t_shift=0.0, optimizer="adamw", sampling="even")
 # DEVIATION: small models learn words much sooner when they predict x0 in long patches with
 # self-conditioning, when the loss stresses high noise, where language is decided, and with Muon.
 LAPTOP = dict(
     patch_size=8, predict="x0", self_condition=0.5, min_snr_gamma=0.2, t_shift=1.0,
-    optimizer="muon", batch_size=32)
+    optimizer="muon", sampling="words", batch_size=32)
 SIZES = {
     "tiny": LAPTOP | dict(
         depth=4, width=192, ctx_seconds=1.0, gen_seconds=3.0, steps=4500, minutes=20.0),
@@ -113,6 +113,8 @@ class Config:
     zero_terminal_snr: bool = opt(False, "pure noise at t = 1: no trace of x0 is left")
     min_snr_gamma: float = opt(None, "cap of the loss weight min(SNR, gamma) (paper: 5)", above=0)
     t_shift: float = opt(None, "added to logit(t): more training at high noise (paper: 0)")
+    sampling: str = opt(None, "steps evenly spaced and all guided (paper), or both where the words "
+                              "of toy speech are decided", "even", "words")
     ctx_drop: float = opt(0.0, "share of training contexts replaced by silence (paper: 0)",
                           least=0, most=1)
 
@@ -290,11 +292,6 @@ class Encoder(nn.Module):
     def from_mel(self, mel):
         """(B, T, 80) log-mel -> (B, T, C) frames."""
         return (mel - self.mel_stats[0]) / self.mel_stats[1]
-
-    def silence(self):
-        """A frame of digital silence, (C,)."""
-        wave = torch.zeros(1, 33 * HOP, device=self.mel_stats.device)
-        return self.encode(wave)[0, 16]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -584,10 +581,11 @@ class MMDiT(nn.Module):
 
 # --------------------------------------------------------------------------------------------------
 # 7. Sampler. From noise at the largest angle down to clean frames at angle 0. In each step the
-# network estimates x0. Steps are shorter where there is more noise: language is decided there.
+# network estimates x0. CHOICE with --sampling words, tuned on toy speech: steps are shorter where
+# there is more noise, since language is decided there, and guided where the log-SNR is between -4
+# and 0 (Kynkäänniemi et al. 2024).
 
 STEPS, CFG = 24, 2.0                          # defaults: evaluations per window, guidance
-# CHOICE: guidance only where the log-SNR is between -4 and 0 (Kynkäänniemi et al. 2024).
 GUIDED = math.pi / 4, math.atan(math.exp(2))
 
 
@@ -596,7 +594,13 @@ def levels(config, steps):
     largest = float(Diffusion(config).angle(torch.ones(())))
     largest = min(largest, math.pi / 2)                                 # float32 rounds pi/2 up
     fractions = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
-    return (largest * (1 - fractions ** 2.5)).tolist()
+    power = 2.5 if config.sampling == "words" else 1
+    return (largest * (1 - fractions ** power)).tolist()
+
+
+def is_guided(config, phi):
+    """Whether the sampler guides at noise angle phi."""
+    return config.sampling == "even" or GUIDED[0] < phi < GUIDED[1]
 
 
 @torch.no_grad()
@@ -633,7 +637,7 @@ def guided(model, ctx, cfg, xt, phi, estimate):
     Nor does `uncond` see the last estimate of x0: guiding away from a network that knows less makes
     more words (compare autoguidance, Karras et al. 2024)."""
     diffusion, level = Diffusion(model.config), torch.full((1,), phi, device=xt.device)
-    if cfg == 1 or not GUIDED[0] < phi < GUIDED[1]:
+    if cfg == 1 or not is_guided(model.config, phi):
         return diffusion.clean(model(xt, level, ctx, estimate).float(), xt, level)
 
     # Both in one batch.
@@ -1072,6 +1076,11 @@ class AudioAutoencoder(Encoder):
             return frames
         latents = frames * self.latent_stats[1] + self.latent_stats[0]
         return self.unlatent(latents.mT).mT
+
+    def silence(self):
+        """A frame of digital silence, (C,)."""
+        wave = torch.zeros(1, 33 * HOP, device=self.mel_stats.device)
+        return self.encode(wave)[0, 16]
 
     def bottleneck_loss(self, wave, dtype=torch.float32, kl_weight=1e-3):
         """Loss of the variational bottleneck on samples (B, N): log-mel reconstruction, and the KL
@@ -1737,7 +1746,7 @@ def open_corpus(config):
 
 CHECKPOINTS = "checkpoint.pt", "checkpoint.previous.pt", "trunk.pt"           # the newest first
 MAY_CHANGE = {"out", "steps", "minutes", "micro_batch", "eval_every", "device", "dtype", "compile",
-              "parallel", "checkpoint_activations"}           # when a run is resumed
+              "parallel", "checkpoint_activations", "sampling"}       # when a run is resumed
 OLD_FIELDS = {"print_params", "dry_run", "devices", "tflops", "json"}         # of earlier versions
 
 

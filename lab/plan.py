@@ -12,9 +12,9 @@ import time
 
 import torch
 
-from cdslm import (GUIDED, STEPS, Config, Diffusion, MMDiT, UserError, autocast, check_division,
-                   cli, config_parser, count, decide, levels, make_optimizers, ranks, role,
-                   to_config)
+from cdslm import (STEPS, Config, Diffusion, MMDiT, UserError, autocast, check_division, cli,
+                   config_parser, count, decide, is_guided, levels, make_optimizers, ranks,
+                   role, to_config)
 
 KEPT = {torch.float32: 92, torch.bfloat16: 58}    # bytes per token and channel kept in a block
 
@@ -94,7 +94,7 @@ def facts(config, devices, tflops):
 
     size = count(config)
     tokens, windows = size["tokens"] * config.batch_size, config.batch_size * config.steps
-    guided = [GUIDED[0] < phi < GUIDED[1] for phi in levels(config, STEPS)[:-1]]
+    guided = [is_guided(config, phi) for phi in levels(config, STEPS)[:-1]]
     flops = size["flops"] * windows
     found = {
         "size": config.size, "device": str(device), "dtype": str(dtype)[6:],

@@ -119,6 +119,17 @@ def everywhere(monkeypatch):
     monkeypatch.setattr(cdslm, "GUIDED", (0, math.pi))
 
 
+def test_from_base_up_steps_are_even_and_all_guided(small, context):
+    """Unless asked for, what was tuned on toy words is off."""
+    assert {size: cdslm.Config(size=size).sampling for size in ("tiny", "small", "base", "16b")} == {
+        "tiny": "words", "small": "words", "base": "even", "16b": "even"}
+    oracle = Oracle(small(sampling="even"))
+    sample(oracle, context, steps=8, cfg=2)
+    assert [len(call.xt) for call in oracle.calls] == 8 * [2 * len(context)]
+    steps = torch.tensor(cdslm.levels(oracle.config, 8)).diff()
+    assert torch.allclose(steps, steps[0].expand(8))
+
+
 def test_guidance_is_in_the_middle_only(small, context):
     """Each evaluation between log-SNR -4 and 0 hears silence as well, no other does."""
     oracle = Oracle(small())
