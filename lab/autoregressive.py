@@ -107,7 +107,8 @@ class Trunk(nn.Module):
         angles = rotary(start + x.shape[1], head, x.device)
         cos, sin = [table[start:].to(x.dtype) for table in angles]
         residual = 1 / (len(self.blocks) / BASE_DEPTH)                        # CompleteP
-        past, present = past or [None] * len(self.blocks), []
+        past = past or [None] * len(self.blocks)
+        present = []
         for block, before in zip(self.blocks, past):
             x, seen = block(x, cos, sin, residual, before)
             present.append(seen)
@@ -204,7 +205,8 @@ class CodeModel(nn.Module):
         h, _ = self(codes[:, :-1])
         known = h[:, self.given - 1:].flatten(0, 1)                           # (B P, d)
         targets = codes[:, self.given:]                                       # (B, P, K)
-        logits = self.head(known, targets.flatten(0, 1)).flatten(0, 1).float()
+        logits = self.head(known, targets.flatten(0, 1))                      # (B P, K, 625)
+        logits = logits.flatten(0, 1).float()
         losses = F.cross_entropy(logits, targets.flatten(), reduction="none")
         return losses.view(len(x0), -1).mean(1)
 
@@ -305,8 +307,10 @@ class FrameModel(nn.Module):
     def errors(self, x0, ctx, eps, angles):
         """Mean squared errors of x0 (B, T, C), predicted at noise angles: (B, angles). The history
         is the true one, without noise."""
-        h, errors = self.known(ctx, x0), []
-        targets, noise = self.positions(x0), self.positions(eps)
+        h = self.known(ctx, x0)                                               # (B P, d)
+        targets = self.positions(x0)                                          # (B P, k, C)
+        noise = self.positions(eps)
+        errors = []
         for phi in angles:
             xt = math.cos(phi) * targets + math.sin(phi) * noise
             error = guided(self.head, h, 1, xt, phi, None) - targets
