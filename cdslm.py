@@ -610,23 +610,23 @@ def sample(model, context, frames=None, steps=STEPS, cfg=CFG, sampler="dpm", see
     `cfg` is the guidance scale (1: none). A longer continuation is made window by window; the
     newest frames are the next context. The noise of item i depends on (seed, i) alone. `progress`
     wraps the range of windows, for a progress bar."""
-    config, speech = model.config, context.float()
-    if context.shape[1] < config.ctx_frames:                  # silence before a short context
-        missing = config.ctx_frames - context.shape[1]
-        silence = model.silence.float().expand(len(context), missing, -1)
-        speech = torch.cat([silence, speech], dim=1)
-    given, frames = speech.shape[1], frames or config.gen_frames
+    config, ctx = model.config, context.float()
+    missing = max(0, config.ctx_frames - ctx.shape[1])
+    silence = model.silence.float().expand(len(ctx), missing, -1)
+    ctx = torch.cat([silence, ctx], dim=1)                    # silence before a short context
+    frames = frames or config.gen_frames
     solver = {"dpm": dpm_solver, "ddim": ddim}[sampler]
     angles = levels(config, steps)
     shape = config.gen_frames, config.channels
 
+    windows = []
     for window in progress(range(-(-frames // config.gen_frames))):
-        ctx = speech[:, -config.ctx_frames:]
-        noise = torch.stack([keyed_noise(seed, f"sample {window}", item, shape, speech.device)
-                             for item in range(len(speech))])
-        continuation = solver(functools.partial(guided, model, ctx, cfg), noise, angles)
-        speech = torch.cat([speech, continuation], dim=1)
-    return speech[:, given:given + frames]
+        ctx = ctx[:, -config.ctx_frames:]
+        noise = torch.stack([keyed_noise(seed, f"sample {window}", item, shape, ctx.device)
+                             for item in range(len(ctx))])
+        windows.append(solver(functools.partial(guided, model, ctx, cfg), noise, angles))
+        ctx = torch.cat([ctx, windows[-1]], dim=1)
+    return torch.cat(windows, dim=1)[:, :frames]
 
 
 def guided(model, ctx, cfg, xt, phi, estimate):

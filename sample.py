@@ -123,7 +123,7 @@ def contexts(arguments, config):
 
 
 def speak(arguments, run, waves, before, frames):
-    """Continue waves (num, N), which come after `before` (M,), by `frames` frames: (num, N')."""
+    """Continue waves (num, N) by `frames` frames: (num, N'). They fade in after `before` (M,)."""
     # Generate, then decode the context and the continuation together.
     _, model, autoencoder = run
     context = autoencoder.encode(waves.to(autoencoder.mel_stats.device))      # (num, T, C)
@@ -131,11 +131,11 @@ def speak(arguments, run, waves, before, frames):
                           arguments.sampler, arguments.seed, progress=GENERATING)
     decoded = autoencoder.decode(torch.cat([context, continuation], dim=1)).cpu()
 
-    # The recording before the context is copied and fades into the decoded context.
+    # The recording before the context, which is copied, fades into the decoded context.
     if len(before):
         fade = torch.linspace(0, 1, FADE)
         decoded[:, :FADE] = fade * decoded[:, :FADE] + (1 - fade) * waves[:, :FADE]
-    return torch.cat([before.expand(len(decoded), -1), decoded], dim=1)
+    return decoded
 
 
 def watch(arguments, model, context):
@@ -166,9 +166,9 @@ def watch(arguments, model, context):
 
 def main():
     arguments = parse()
+    runs = [load_run(run, arguments.device) for run in arguments.runs]
     files, written = output_files(arguments), {}
     place = files[0][0].parent
-    runs = [load_run(run, arguments.device) for run in arguments.runs]
     config, model, autoencoder = runs[0]
     waves, before = contexts(arguments, config)
     context_seconds = (len(before) + waves.shape[1]) / RATE
@@ -187,7 +187,7 @@ def main():
         for name, run, own in zip(arguments.runs, runs, files):
             sounds = speak(arguments, run, waves, before, max(1, round(seconds * FRAME_RATE)))
             for i, (file, wave) in enumerate(zip(own, sounds), 1):
-                save_audio(file, wave)
+                save_audio(file, torch.cat([before, wave]))
                 written[file] = f"{i}: {name}" if len(runs) > 1 else file.name
                 print(f"{file}: {context_seconds:.1f} s of context, then {seconds:.1f} s generated")
 
