@@ -768,6 +768,8 @@ def make_optimizers(model, config, dtype=torch.float32):
 
     groups = []
     for name, parameters in by_role.items():
+        if not parameters:
+            continue
         lr = config.lr * m ** ROLES[name].lr_power
         decay = config.weight_decay * m if ROLES[name].decays else 0.0
         groups.append(dict(params=parameters, lr=lr, weight_decay=decay))
@@ -2419,8 +2421,11 @@ class Trainer:
 
         found = found or {"model": {}, "ema": {}, "optimizer": {}}
         tools, options = state_dicts(), from_rank_0()
-        tools.set_model_state_dict(self.model, found["model"], options=options)
-        tools.set_model_state_dict(self.ema, found["ema"], options=options)
+        try:
+            tools.set_model_state_dict(self.model, found["model"], options=options)
+            tools.set_model_state_dict(self.ema, found["ema"], options=options)
+        except RuntimeError:
+            raise UserError("its checkpoint is of another network; choose another --out") from None
         for group in found["optimizer"].get("param_groups", []):
             if "ns_steps" in group:                           # a run begun with torch.optim.Muon
                 for name in ("nesterov", "ns_coefficients", "ns_steps", "eps", "adjust_lr_fn"):

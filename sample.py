@@ -77,11 +77,11 @@ def output_files(arguments):
         return [[path / f"{i + 1}-{k + 1}.wav" for i in range(arguments.num)]
                 for k in range(len(runs))]
 
-    if path.is_dir():
+    if path.is_dir() or not arguments.out:                    # no folder: load_run will say so
         path = path / "continued.wav"
     if path.suffix.lower() != ".wav":
         raise UserError(f"--out {path}: only .wav files can be written")
-    if not path.parent.is_dir():
+    if arguments.out and not path.parent.is_dir():
         raise UserError(f"--out {path}: no folder {path.parent}")
     files = [path]
     if arguments.num > 1:
@@ -166,9 +166,9 @@ def watch(arguments, model, context):
 
 def main():
     arguments = parse()
-    runs = [load_run(run, arguments.device) for run in arguments.runs]
     files, written = output_files(arguments), {}
     place = files[0][0].parent
+    runs = [load_run(run, arguments.device) for run in arguments.runs]
     config, model, autoencoder = runs[0]
     waves, before = contexts(arguments, config)
     context_seconds = (len(before) + waves.shape[1]) / RATE
