@@ -161,6 +161,7 @@ def test_a_turn_lasts_while_the_voice_does():
     assert [len(turn) for turn in turns_of(phrases)] == [2, 2, 1]
 
 
+@pytest.mark.slow
 def test_the_recogniser_hears_conversations():
     """Words, topics and speakers, as true as in the text."""
     listener, right, frames = load_listener(), 0, 0
@@ -190,6 +191,7 @@ def run(cache, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_is_judged(run):
     done = command("lab.coherence", run, "--num", 2, "--seconds", 10)
     assert done.returncode == 0, done.stderr
@@ -203,6 +205,7 @@ def test_a_run_is_judged(run):
     assert sum(line.startswith(tuple(report["figures"]["true"])) for line in lines) == len(report["figures"]["true"])
 
 
+@pytest.mark.slow
 def test_other_runs_and_flags_are_named_in_one_line(run, trained):
     for words, message in [
             ((trained[0],), "was not trained on conversations"), (("nowhere",), "no run there"),
