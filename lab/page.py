@@ -28,6 +28,7 @@ KINDS = {
 LEGEND = """<p>Below each player is what a recogniser hears: <span class="context">the
 context</span> ┊ the continuation, with <b>complete words</b> of its language in bold, and their
 share of the continuation."""
+UNHEARD = "<p>Where there is a recogniser, the next <code>sample.py</code> adds what is said."
 WATCH = """<p>What the network takes the clean speech to be, after some of its evaluations. The
 log-SNR tells how much speech there was in what it saw: at -10 nearly none, at 10 little else."""
 GUIDANCE = """<p>The same noise with other guidance (--cfg). A larger number moves each estimate
@@ -240,10 +241,9 @@ def write_page(folder, config, command="", written=None, context=0.0, runs=()):
     if len(runs) > 1:
         intro = f"<p>{len(runs)} spoken language models with the same contexts and noise."
     intro += " What they generate, no person has spoken."
-    legend = LEGEND if any("said" in clip for clip in clips.values()) else ""
-    name = escape(folder.resolve().name)
-    page = TEMPLATE.read_text(encoding="utf-8")
-    page = page.replace("<!-- name -->", name).replace("<!-- body -->", intro + legend + body)
+    legend = LEGEND if any("said" in clip for clip in clips.values()) else UNHEARD
+    page = TEMPLATE.read_text(encoding="utf-8").replace("<!-- body -->", intro + legend + body)
+    page = page.replace("<!-- name -->", escape(folder.resolve().name))
     with replacing(folder / "index.html") as temporary:
         temporary.write_text(page, encoding="utf-8", errors="replace")
     print(f"open {folder / 'index.html'} in a browser")

@@ -191,6 +191,11 @@ def test_without_a_recogniser_nothing_is_said(monkeypatch, tmp_path):
     assert lab.clips.transcriber(Config(), tmp_path, True) is None
 
 
+def test_a_page_without_transcripts_says_how_to_get_them(trained):
+    page = (trained[0] / "index.html").read_text()
+    assert (lab.page.UNHEARD in page) != (lab.page.LEGEND in page)
+
+
 # --------------------------------------------------------------------------------------------------
 # What is kept of each sound.
 
