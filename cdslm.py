@@ -748,13 +748,16 @@ class Muon(torch.optim.Optimizer):
 
         # Nesterov momentum, orthogonalised.
         torch._foreach_lerp_(buffers, gradients, 1 - momentum)
-        updates = torch.stack(torch._foreach_lerp(gradients, buffers, momentum))
-        updates = orthogonalize(updates, self.dtype).to(matrices[0].dtype)
+        updates = [torch.lerp(gradient, buffer, momentum).to(self.dtype)
+                   for gradient, buffer in zip(gradients, buffers)]
+        updates = orthogonalize(torch.stack(updates), self.dtype)
 
         # A matrix with more rows than columns gets a larger step.
         rows, columns = matrices[0].shape
+        rate = lr * max(1, rows / columns) ** 0.5
         torch._foreach_mul_(matrices, 1 - lr * weight_decay)
-        torch._foreach_add_(matrices, list(updates), alpha=-lr * max(1, rows / columns) ** 0.5)
+        for matrix, update in zip(matrices, updates):
+            matrix.add_(update, alpha=-rate)
 
 
 def make_optimizers(model, config, dtype=torch.float32):
