@@ -1944,6 +1944,7 @@ def load_run(folder, device="cpu"):
 # 13. Devices: one of any kind, or many under torchrun, which starts this program once per device.
 # Each process is a rank and computes its share of every batch; rank 0 writes.
 
+WAIT = 10                                         # seconds, before it says that it waits
 ISA_WITHOUT_BF16 = set("SSE41 AVX AVX2 AVX2_VNNI AVX2_VNNI_2 AVX512_CORE AVX512_CORE_VNNI".split())
 
 
@@ -2022,11 +2023,17 @@ def check_launch(config):
 def together():
     """Under torchrun, connect to the other ranks. If one of them is lost, the others soon stop with
     a UserError. Yields the rank."""
-    rank, _ = ranks()
+    rank, size = ranks()
     if not launched_together():
         yield rank
         return
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    waiting = threading.Timer(WAIT, print, [
+        f"rank {rank} of {size} waits for the others at {where}; if none were started, unset RANK"])
+    waiting.daemon = True
+    waiting.start()
     dist.init_process_group(timeout=datetime.timedelta(minutes=30))   # a checkpoint may take long
+    waiting.cancel()
     if rank:
         sys.stdout = open(os.devnull, "w")
     try:

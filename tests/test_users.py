@@ -385,6 +385,17 @@ def test_variables_left_over_from_a_launcher_do_not_count(mute, small, monkeypat
     assert cdslm.ranks() == (0, 1)
 
 
+def test_a_rank_alone_says_that_it_waits(monkeypatch, capsys):
+    """All variables of a launcher are there, but no other rank is."""
+    for name, value in dict(RANK="3", WORLD_SIZE="4", MASTER_ADDR="here", MASTER_PORT="1234").items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(cdslm, "WAIT", 0.01)
+    monkeypatch.setattr(cdslm.dist, "init_process_group", lambda **_: time.sleep(0.3) or 1 / 0)
+    with pytest.raises(ZeroDivisionError), cdslm.together():
+        pass
+    assert "rank 3 of 4 waits for the others at here:1234" in capsys.readouterr().out
+
+
 def test_without_a_home_it_says_what_to_set(monkeypatch):
     monkeypatch.delenv("CDSLM_CACHE")
     monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
