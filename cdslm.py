@@ -2028,7 +2028,7 @@ def together():
         yield rank
         return
     where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    waiting = threading.Timer(WAIT, print, [
+    waiting = threading.Timer(WAIT, print, kwargs=dict(flush=True), args=[
         f"rank {rank} of {size} waits for the others at {where}; if none were started, unset RANK"])
     waiting.daemon = True
     waiting.start()
