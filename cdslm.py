@@ -2041,7 +2041,7 @@ def together():
     except RuntimeError as error:
         if "gloo" not in str(error) and not isinstance(error, dist.DistError):
             raise
-        raise UserError(f"rank {rank}: another rank stopped or can't be reached; the last "
+        raise UserError("another rank stopped or can't be reached; the last "
                         "checkpoint is whole, and the same command goes on from it") from None
     dist.destroy_process_group()
 
@@ -2716,8 +2716,9 @@ def cli(main, resumable=False):
         raise KeyboardInterrupt(number)
 
     def fail(message):
-        if ranks()[0] == 0 or dist.is_initialized():          # what all ranks see, one prints
-            print(f"error: {printable(message)}", file=sys.stderr)
+        rank, size = ranks()
+        who = f"rank {rank}: " if size > 1 else ""
+        print(f"error: {who}{printable(message)}", file=sys.stderr)
         sys.exit(2)
 
     keep_memory()
