@@ -33,6 +33,7 @@ FORMATS = {
     "rf64": "PCM_16",
 }
 FINE = "fine"  # what a case is called if it must not be left out
+JOINED = "joined files"  # of which libsndfile reads the first
 
 
 def write(path, wave, rate=RATE, subtype=None):
@@ -59,6 +60,7 @@ def collect_formats(folder, half, rng):
         for end in range(0, 257, 16):
             (folder / f"cut {end}.{suffix}").write_bytes(data[:end])
         (folder / f"cut in half.{suffix}").write_bytes(data[: len(data) // 2])
+        (folder / f"{JOINED}.{suffix}").write_bytes(20 * data)
         for i in range(12):
             broken = bytearray(data)
             for at in rng.integers(0, 128, 1 + i % 3):
@@ -208,6 +210,7 @@ def test_a_folder_of_odd_recordings(zoo, small, capsys):
     used = {clip.name for clip in folder_source(config.data).clips}
     assert used | opened.skipped.keys() == names.keys(), "neither used nor counted"
     assert not [name for name in opened.skipped if FINE in name]
+    assert len([name for name in opened.skipped if JOINED in name]) == len(FORMATS), "not counted"
     kept = names.keys() - opened.skipped.keys()
     assert not [
         name for name in kept if name.startswith(("NaN", "Inf", "text", "zeros", "png", "pipe"))
