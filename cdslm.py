@@ -1260,7 +1260,7 @@ def read_audio(path, start=0, stop=math.inf):
             # joined, or of an mp3 that does not state its length.
             unread = size - os.lseek(disk, 0, os.SEEK_CUR)
             if done < end or (end == file.frames and unread > 4096 + 0.02 * size):
-                raise UserError(f"{path}: only its first {done / rate:.0f} s can be read; convert "
+                raise UserError(f"{path}: only its first {done / rate:.1f} s can be read; convert "
                                 "it: ffmpeg -i FILE FILE.flac")
     except (soundfile.SoundFileError, OSError, RuntimeError, ValueError) as error:
         raise UserError(f"{path}: not readable as audio ({reason(error)})") from None

@@ -210,7 +210,8 @@ def test_a_folder_of_odd_recordings(zoo, small, capsys):
     used = {clip.name for clip in folder_source(config.data).clips}
     assert used | opened.skipped.keys() == names.keys(), "neither used nor counted"
     assert not [name for name in opened.skipped if FINE in name]
-    assert len([name for name in opened.skipped if JOINED in name]) == len(FORMATS), "not counted"
+    counted = {name.split(".")[1] for name in opened.skipped if JOINED in name}
+    assert counted == FORMATS.keys() - {"w64"}, "not counted"  # of w64 libsndfile reads all
     kept = names.keys() - opened.skipped.keys()
     assert not [
         name for name in kept if name.startswith(("NaN", "Inf", "text", "zeros", "png", "pipe"))
