@@ -172,7 +172,8 @@ def collect_links(folder, half):
 @pytest.fixture(scope="module")
 def zoo(tmp_path_factory):
     """A folder of odd recordings, and a minute of speech, so that a model can be trained."""
-    folder = tmp_path_factory.mktemp("zoo")
+    folder = tmp_path_factory.mktemp("around") / "zoo"       # a link leads out of it
+    folder.mkdir()
     collect(folder)
     write(folder / f"{FINE} and long.wav", speech_like(60))
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in AUDIO_FILES)
