@@ -97,6 +97,7 @@ def test_pjsd_does_not_see_coherence():
     assert forgetful < true + 0.001
 
 
+@pytest.mark.slow
 def test_a_window_limits_what_can_be_remembered(found):
     """A second of context may hold no topic word, and seldom the opener; eight hold all but the topic's history."""
     clips = texts(TOY, 60)["text"]

@@ -89,7 +89,8 @@ def assert_alike(folder, other):
 
 
 @pytest.mark.parametrize("settings", [
-    dict(parallel="ddp", micro_batch=1), dict(parallel="fsdp", checkpoint_activations=True),
+    dict(parallel="ddp", micro_batch=1),
+    pytest.param(dict(parallel="fsdp", checkpoint_activations=True), marks=pytest.mark.slow),
     pytest.param(dict(parallel="fsdp", micro_batch=1), marks=pytest.mark.slow),
     pytest.param(dict(parallel="ddp", compile=True), marks=pytest.mark.slow)], ids=str)
 def test_two_ranks_are_the_run_on_one_device(alone, tmp_path, settings):

@@ -71,6 +71,7 @@ def few(monkeypatch):
 # The law.
 
 
+@pytest.mark.slow
 def test_the_exponents_are_found_again_through_noise():
     found = [
         fit(N, D, loss)
