@@ -615,7 +615,7 @@ def sample(model, context, frames=None, steps=STEPS, cfg=CFG, sampler="dpm", see
     silence = model.silence.float().expand(len(ctx), missing, -1)
     ctx = torch.cat([silence, ctx], dim=1)                    # silence before a short context
     frames = frames or config.gen_frames
-    solver = {"dpm": dpm_solver, "ddim": ddim}[sampler]
+    solver = SOLVERS[sampler]
     angles = levels(config, steps)
     shape = config.gen_frames, config.channels
 
@@ -678,6 +678,9 @@ def dpm_solver(predict, x, angles):
         x = shrink * x + math.cos(next_phi) * (1 - math.exp(-h)) * extrapolated
         previous = x0
     return x
+
+
+SOLVERS = {"dpm": dpm_solver, "ddim": ddim}
 
 
 # --------------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ truth is known, and words, language, speaker and style are measured as well.
     python eval_pjsd.py --generated a --reference b --recognizer hama           two folders of audio
     python eval_pjsd.py out/tiny --decided               what the model knows at which noise level
 """
-import json
 import math
 import time
 from pathlib import Path
@@ -20,15 +19,15 @@ import numpy as np
 from tqdm import tqdm
 
 from cdslm import (CFG, FRAME_RATE, RATE, STEPS, Parser, UserError, cli, load_run, log_mel,
-                   open_corpus, replacing)
+                   open_corpus)
 from lab import markov
 from lab.decided import draw_decided, what_is_decided
 from lab.kept import voice_rows
 from lab.listener import batched, error_rate, language_kept, load_listener, toy_truth
 from lab.memory import LEAST_FRAMES, memory
 from lab.recognizers import read_folder, recogniser
-from lab.report import page
-from lab.sides import CONTEXTS, REFERENCE, decode, generate, real_sides  # noqa: F401
+from lab.report import keep, page
+from lab.sides import CONTEXTS, REFERENCE, check, decode, generate, real_sides  # noqa: F401
 
 NS = 1, 2, 3, 4, 5                     # n-grams
 ENOUGH = 200                           # phones that any value needs
@@ -306,9 +305,7 @@ def parse(argv=None):
     by_run, by_folder = bool(arguments.run), bool(arguments.generated)
     if by_run == by_folder or by_folder != bool(arguments.reference):
         raise UserError("give a run folder, or --generated and --reference with a folder each")
-    if not (0 < arguments.minutes < math.inf and math.isfinite(arguments.cfg)
-            and arguments.steps > 0):
-        raise UserError("--minutes and --steps must be more than 0, --cfg a number")
+    check(arguments)
     return arguments
 
 
@@ -330,9 +327,7 @@ def main():
     if path is None and arguments.run:
         path = Path(arguments.run) / "judged.json"
     if path:
-        clean = json.loads(json.dumps(report), parse_constant=lambda _: None)   # JSON has no NaN
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(clean, indent=2) + "\n")
+        keep(report, path)
 
 
 if __name__ == "__main__":

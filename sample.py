@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from cdslm import (CFG, FRAME_RATE, GENERATING, HOP, RATE, STEPS, Parser, UserError, cli, ddim,
-                   dpm_solver, guided, keyed_noise, levels, load, load_audio, load_run, open_page,
-                   sample, save_audio)
+from cdslm import (CFG, FRAME_RATE, GENERATING, HOP, RATE, SOLVERS, STEPS, Parser, UserError, cli,
+                   guided, keyed_noise, levels, load, load_audio, load_run, open_page, sample,
+                   save_audio)
 
 SILENT = 1e-3           # a prompt whose samples all stay below this, -60 dBFS, holds no speech
 FADE = 480              # samples (20 ms) over which a copied prompt turns into the decoded one
@@ -40,7 +40,7 @@ def parse(argv=None):
     add("--num", type=int, help="number of continuations [1; 4 without --prompt]")
     add("--cfg", type=float, default=CFG, help=f"guidance scale; 1: no guidance [{CFG:g}]")
     add("--steps", type=int, default=STEPS, help=f"network evaluations per window [{STEPS}]")
-    add("--sampler", default="dpm", choices=("dpm", "ddim"), help="DPM-Solver++(2M) or DDIM [dpm]")
+    add("--sampler", default="dpm", choices=[*SOLVERS], help="DPM-Solver++(2M) or DDIM [dpm]")
     add("--seed", type=int, default=0, help="another seed gives another continuation [0]")
     add("--device", default="auto", help="cuda, mps, cpu; auto: the first that is available")
     add("--watch", action="store_true", help="show on the page how one continuation comes about")
@@ -151,7 +151,7 @@ def watch(arguments, model, context):
     # The same noise as in `sample`, whose result is the last estimate.
     shape = 1, model.config.gen_frames, model.config.channels
     noise = keyed_noise(seed, "sample 0", 0, shape, context.device)
-    {"dpm": dpm_solver, "ddim": ddim}[sampler](predict, noise, angles)
+    SOLVERS[sampler](predict, noise, angles)
 
     shown = {}
     for i, (phi, x0) in enumerate(zip(angles, estimates), 1):

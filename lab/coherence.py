@@ -24,7 +24,6 @@ conversations. The last table shows words, language and speaker every 5 s: what 
 """
 import dataclasses
 import itertools
-import json
 import math
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -37,9 +36,10 @@ from tqdm import tqdm
 
 from cdslm import (
     CFG, FRAME_RATE, GENERATING, HOP, Parser, UserError, cli, load_run, log_mel, read_config,
-    replacing, sample)
+    sample)
 from lab.listener import batched, load_listener, spans
 from lab.markov import NO_WORD, parse
+from lab.report import keep
 from lab.topics import (
     APART, CLOSER, CONTENT, LINK, OPENER, PAIRS, TOPIC_WORDS, TOPICS, WORDS, Chances, Phrase,
     TopicSpeech, toy_speech)
@@ -474,8 +474,7 @@ def main():
         raise UserError("--num must be at least 1, --seed at least 0")
     report = judge(arguments)
     show(report)
-    with replacing(arguments.json or arguments.run / "coherence.json") as temporary:
-        temporary.write_text(json.dumps(report, indent=2, default=str))
+    keep(report, arguments.json or arguments.run / "coherence.json")
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ from tqdm import tqdm
 from cdslm import Diffusion, Parser, UserError, cli, keyed_noise, load_run, replacing
 from lab import pair_speech, pair_stories
 from lab.pair_files import find_pairs, read_pair
+from lab.report import keep
 from lab.toyspeech import ToySpeech
 from lab.words import stories_of
 
@@ -285,8 +286,7 @@ def main():
               f"{row['null']:>6.3f}", " " * 12, *levels, flush=True)
     print(f"{time.perf_counter() - started:.0f} s")
 
-    with replacing(arguments.json or arguments.run / "pairs.json") as temporary:
-        temporary.write_text(json.dumps(report, indent=2) + "\n")
+    keep(report, arguments.json or arguments.run / "pairs.json")
     if arguments.curve:
         print(draw_curve(report, arguments.run / "pairs.png"))
 

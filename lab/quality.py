@@ -18,7 +18,6 @@ encoded and decoded (reconstructed):
 None of these measures language. The paper found that such scores saturate while language goes on
 improving (its sixth finding): compare runs of different size with eval_pjsd.py and with this.
 """
-import json
 import math
 import time
 from pathlib import Path
@@ -28,9 +27,10 @@ import torch
 from tqdm import tqdm
 
 from cdslm import (CFG, DECODER_FFT, FRAME_RATE, RATE, STEPS, Parser, UserError, cli, load_run,
-                   log_mel, open_corpus, pitch, reason, replacing, resample, stft)
+                   log_mel, open_corpus, pitch, reason, resample, stft)
 from lab.listener import batched
-from lab.sides import decode, generate, real_sides
+from lab.report import keep
+from lab.sides import check, decode, generate, real_sides
 
 PERIODIC = 0.375                       # from here on the decoder makes more pulses than noise
 LOUD = 0.01                            # of the loudest frame: 40 dB below it is silence
@@ -186,9 +186,7 @@ def parse(argv=None):
     add("--device", default="auto", help="cuda, mps, cpu [auto]")
     add("--json", type=Path, help="where to keep the report [RUN/quality.json]")
     arguments = parser.parse_args(argv)
-    if not (0 < arguments.minutes < math.inf and math.isfinite(arguments.cfg)
-            and arguments.steps > 0):
-        raise UserError("--minutes and --steps must be more than 0, --cfg a number")
+    check(arguments)
     return arguments
 
 
@@ -205,9 +203,7 @@ def main():
     report, notes = judge(sides, reconstructed, autoencoder.mel_stats.cpu())
     show(report, notes)
     print(f"{len(sides.true)} clips, judged in {time.perf_counter() - started:.0f} s")
-    with replacing(arguments.json or arguments.run / "quality.json") as temporary:
-        clean = json.loads(json.dumps(report), parse_constant=lambda _: None)  # JSON has no NaN
-        temporary.write_text(json.dumps(clean, indent=2) + "\n")
+    keep(report, arguments.json or arguments.run / "quality.json")
 
 
 if __name__ == "__main__":

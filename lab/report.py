@@ -1,6 +1,9 @@
-"""report: prints what eval_pjsd.py found, every figure beside its nulls."""
+"""report: prints what eval_pjsd.py found, every figure beside its nulls; keeps any judge's report.
+"""
+import json
 import math
 
+from cdslm import replacing
 from lab.recognizers import ERRORS
 
 ROWS = {
@@ -124,3 +127,15 @@ def page(report):
     if "seconds" in report:
         print(f"judged in {report['seconds']:.0f} s, after {report['seconds_generating']:.0f} s of "
               "generating")
+
+
+def as_json(report):
+    """A report as the text of a file. JSON has no NaN: null stands for it."""
+    plain = json.loads(json.dumps(report, default=str), parse_constant=lambda _: None)
+    return json.dumps(plain, indent=2) + "\n"
+
+
+def keep(report, path):
+    """Write a report, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(as_json(report))

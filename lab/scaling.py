@@ -40,6 +40,7 @@ from cdslm import (FRAME_RATE, Parser, Trainer, UserError, autocast, claim, cli,
 from lab import laws
 from lab.listener import batched, load_listener, speak
 from lab.plan import seconds_a_step
+from lab.report import as_json, keep
 from lab.toyspeech import ToySpeech
 
 STUDY = ("--size tiny --self-condition 0 --min-snr-gamma 5 --t-shift 0 --optimizer adamw "
@@ -385,15 +386,12 @@ def main():
 
     runs, notes = laws.read(arguments.runs)
     report = laws.study(runs, notes)
-    report_json = json.loads(json.dumps(report), parse_constant=lambda _: None)   # JSON has no NaN
-    text = json.dumps(report_json, indent=2)
     if arguments.json == "-":
-        print(text)
+        print(as_json(report), end="")
     else:
         laws.page(report)
     if arguments.json not in (None, "-"):
-        with replacing(arguments.json) as temporary:
-            temporary.write_text(text + "\n")
+        keep(report, arguments.json)
     if arguments.plot:
         draw(runs, report, arguments.plot)
 

@@ -2,13 +2,14 @@
 (`eval_pjsd.py`, `lab/quality.py`).
 """
 import itertools
+import math
 import time
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from cdslm import HOP, sample
+from cdslm import HOP, UserError, sample
 from lab.listener import batched, speak
 from lab.topics import toy_speech
 from lab.toyspeech import ToySpeech
@@ -29,6 +30,13 @@ class Sides:
     referents: list = field(default_factory=list)             # truth of `reference`
     generated: torch.Tensor | None = None
     seconds: float = 0.0               # that generating took
+
+
+def check(arguments):
+    """Raise UserError unless a run can generate with these arguments."""
+    if not (0 < arguments.minutes < math.inf and math.isfinite(arguments.cfg)
+            and arguments.steps > 0):
+        raise UserError("--minutes and --steps must be more than 0, --cfg a number")
 
 
 def windows(corpus, split, frames, count):

@@ -30,7 +30,8 @@ from tqdm import tqdm
 
 from cdslm import (
     CFG, FRAME_RATE, GENERATING, HOP, RATE, STEPS, Parser, UserError, cli, keyed, load_run,
-    open_corpus, read_config, reason, replacing, resample, sample)
+    open_corpus, read_config, reason, resample, sample)
+from lab.report import keep
 from lab.stories import GRAMMARS, allowed, people, read_truth
 
 DRAWS = 500                    # of the bootstrap
@@ -292,8 +293,7 @@ def main():
             raise UserError(f"--{name} must be more than 0")
     report = judge(arguments)
     show(report)
-    with replacing(arguments.json or arguments.run / "words.json") as temporary:
-        temporary.write_text(json.dumps(report, indent=2, default=str))
+    keep(report, arguments.json or arguments.run / "words.json")
 
 
 if __name__ == "__main__":
