@@ -1918,7 +1918,7 @@ def write_config(folder, config, speech=""):
         temporary.write_text(json.dumps(contents, indent=2) + "\n")
 
 
-def load_run(folder, device="cpu"):
+def load_run(folder, device="cpu", network=MMDiT):
     """A run folder -> config, model (EMA weights, in bf16 where the hardware has it), autoencoder.
     Raises UserError if there is no run, or its files do not belong together."""
     folder, config = Path(folder), read_config(folder)
@@ -1927,7 +1927,7 @@ def load_run(folder, device="cpu"):
     if checkpoint is None:
         raise UserError(f"{folder}: no checkpoint yet")
 
-    model = MMDiT(config)
+    model = network(config)
     autoencoder = AudioAutoencoder(config.latent_dim, config.decoder)
     try:
         model.load_state_dict(checkpoint["ema"])
@@ -2264,7 +2264,7 @@ def count(config):
 class Trainer:
     """A run in training: model, EMA, optimisers, batches, and how far it is."""
 
-    def __init__(self, config, corpus, autoencoder, device, dtype):
+    def __init__(self, config, corpus, autoencoder, device, dtype, network=MMDiT):
         self.config, self.corpus, self.autoencoder = config, corpus, autoencoder
         self.signals = []                                     # that asked this process to stop
         self.saved = time.monotonic()                         # when the last checkpoint was
@@ -2278,7 +2278,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         sharded = config.parallel == "fsdp"
         with torch.device("meta" if sharded and self.rank else "cpu"):
-            model = MMDiT(config)
+            model = network(config)
         model.silence.copy_(autoencoder.silence())
         if sharded:
             self.model = self.network = shard(model, device, dtype)
@@ -2451,8 +2451,9 @@ class Trainer:
                             "choose another --out") from None
 
 
-def train(config):
-    """From a Config to a run folder with checkpoints and sound. The same Config resumes the run."""
+def train(config, trainer_of=Trainer, count=count, load_run=load_run, sample=sample):
+    """From a Config to a run folder with checkpoints and sound. The same Config resumes the run.
+    Whoever trains another network (`lab/autoregressive.py`) brings what differs."""
     device, dtype = decide(config)
     check_launch(config)                                      # flags, folders, disk, memory
     check_data(config)
@@ -2461,14 +2462,14 @@ def train(config):
     if plan:
         plan.afford(config, device, dtype)
     with together() as rank, contextlib.nullcontext() if rank else claim(config):
-        announce(config, device, dtype)
+        announce(config, device, dtype, count)
         with rank_0_first():
             corpus = open_corpus(config)
             if rank == 0:
                 own(config, corpus)
             autoencoder = open_autoencoder(config, corpus, device, dtype)
         check_alike(corpus, autoencoder)
-        trainer = Trainer(config, corpus, autoencoder, device, dtype)
+        trainer = trainer_of(config, corpus, autoencoder, device, dtype)
         with interruptible(trainer.signals):
             train_loop(trainer, Path(config.out))
         if trainer.stopping:
@@ -2477,7 +2478,7 @@ def train(config):
         if rank == 0:
             del trainer                                       # its memory may be needed now
             gc.collect()
-            listen(config.out, device)
+            listen(config.out, device, load_run, sample)
 
 
 def check_alike(corpus, autoencoder):
@@ -2503,7 +2504,7 @@ def own(config, corpus):
         print("note: the recordings have changed since this run began")
 
 
-def announce(config, device, dtype):
+def announce(config, device, dtype, count=count):
     """Print what will be trained, and on what."""
     size, precision = count(config), str(dtype)[6:]
     if dtype == torch.float32 and not multiplies_bf16(device):
@@ -2597,7 +2598,7 @@ def trim_log(path, step):
             temporary.write_text("".join(lines))
 
 
-def listen(folder, device="cpu", number=4):
+def listen(folder, device="cpu", load_run=load_run, sample=sample, number=4):
     """Write WAV files to judge by: for a few held-out windows, the context with the model's
     continuation, the recording, and the recording encoded and decoded."""
     folder = Path(folder)

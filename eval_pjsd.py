@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from cdslm import (CFG, FRAME_RATE, RATE, STEPS, Parser, UserError, cli, load_run, log_mel,
-                   open_corpus)
+                   open_corpus, sample)
 from lab import markov
 from lab.decided import draw_decided, what_is_decided
 from lab.kept import voice_rows
@@ -229,7 +229,7 @@ def by_language(clips, spoken):
     return rows
 
 
-def judge_run(arguments):
+def judge_run(arguments, load_run=load_run, sample=sample, generate=generate):
     """The report on a run: it continues held-out contexts, and what it generates is compared with
     other speech beside the true continuations."""
     config, model, autoencoder = load_run(arguments.run, arguments.device)
@@ -256,7 +256,7 @@ def judge_run(arguments):
     corpus = open_corpus(config)
     count = max(1, round(arguments.minutes * 60 * FRAME_RATE / m))
     sides = real_sides(config, corpus, autoencoder, count)
-    generate(sides, model, autoencoder, arguments.steps, arguments.cfg)
+    generate(sides, model, autoencoder, arguments.steps, arguments.cfg, sample)
     started = time.perf_counter()
     waves = sides.generated, sides.reference, sides.true
     generated, _, true = found = [recognise(wave) for wave in waves]
@@ -309,10 +309,10 @@ def parse(argv=None):
     return arguments
 
 
-def main():
+def main(**parts):
     arguments = parse()
     if arguments.run:
-        report = judge_run(arguments)
+        report = judge_run(arguments, **parts)
     else:
         name = arguments.recognizer or "hama"
         phones = recogniser(name)

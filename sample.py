@@ -122,7 +122,7 @@ def contexts(arguments, config):
     return wave[-samples:].repeat(arguments.num, 1), wave[:-samples]
 
 
-def speak(arguments, run, waves, before, frames):
+def speak(arguments, run, waves, before, frames, sample):
     """Continue waves (num, N) by `frames` frames: (num, N'). They fade in after `before` (M,)."""
     # Generate, then decode the context and the continuation together.
     _, model, autoencoder = run
@@ -164,7 +164,7 @@ def watch(arguments, model, context):
     return shown
 
 
-def main():
+def main(load_run=load_run, sample=sample):
     arguments = parse()
     files, written = output_files(arguments), {}
     place = files[0][0].parent
@@ -185,7 +185,8 @@ def main():
     else:
         place.mkdir(exist_ok=True)
         for name, run, own in zip(arguments.runs, runs, files):
-            sounds = speak(arguments, run, waves, before, max(1, round(seconds * FRAME_RATE)))
+            frames = max(1, round(seconds * FRAME_RATE))
+            sounds = speak(arguments, run, waves, before, frames, sample)
             for i, (file, wave) in enumerate(zip(own, sounds), 1):
                 save_audio(file, torch.cat([before, wave]))
                 written[file] = f"{i}: {name}" if len(runs) > 1 else file.name

@@ -390,7 +390,7 @@ def recognise(listener, waves, clips):
     return recognised
 
 
-def judge(arguments):
+def judge(arguments, load_run, sample):
     """The report on a run, a dict that JSON can hold."""
     config = read_config(arguments.run)
     if config.data != "toy" or config.toy_grammar != "topics":
@@ -457,7 +457,7 @@ def show(report):
             print(f"{measure + ', ' + side:22}" + "".join(cells))
 
 
-def main():
+def main(load_run=load_run, sample=sample):
     parser = Parser(__doc__)
     add = parser.add_argument
     add("run", type=Path, help="a run folder, such as out/topics")
@@ -472,7 +472,7 @@ def main():
         raise UserError(f"--seconds must be at least {BIN}, and --cfg a number")
     if arguments.num < 1 or arguments.seed < 0:
         raise UserError("--num must be at least 1, --seed at least 0")
-    report = judge(arguments)
+    report = judge(arguments, load_run, sample)
     show(report)
     keep(report, arguments.json or arguments.run / "coherence.json")
 

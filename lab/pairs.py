@@ -51,6 +51,7 @@ from lab.words import stories_of
 LEVELS = -8, -6, -4, -2, 0, 2, 4       # log-SNRs of the noise
 DECISIVE = slice(1, 6)                 # of these: where language is decided, -6 to 2
 DRAWS = 4
+ANGLES = [math.atan(math.exp(-level / 2)) for level in LEVELS]        # of the noise
 
 STORIES = {"words": "small", "seed": 0, "voices": 6}
 ALIKE = 0.02                           # mean difference of frames that count as the same
@@ -65,8 +66,7 @@ def utterance_errors(model, ctx, x0, parts, noise):
     config, diffusion = model.config, Diffusion(model.config)
     k = config.patch_size
     size = math.ceil(len(x0) / parts / k) * k
-    angles = [math.atan(math.exp(-level / 2)) for level in LEVELS]
-    phi = torch.tensor(angles, device=x0.device).repeat(noise.shape[1])       # (draws * levels,)
+    phi = torch.tensor(ANGLES, device=x0.device).repeat(noise.shape[1])       # (draws * levels,)
     phi_b = phi[:, None, None]
 
     total = torch.zeros(len(phi), device=x0.device)
@@ -93,7 +93,7 @@ def shared_frames(a, b):
 
 
 @torch.no_grad()
-def pair_errors(model, sides, shared, draws, item):
+def pair_errors(model, sides, shared, draws, item, errors_of=utterance_errors):
     """Errors (2, levels) of both utterances (T, C) of pair number `item` from frame `shared` on,
     and the errors (2,) of predicting the mean frame. The noise depends on pair and draw alone."""
     config = model.config
@@ -111,12 +111,12 @@ def pair_errors(model, sides, shared, draws, item):
             noise.append(keyed_noise(draw, f"pairs {part}", item, shape, device))
     noise = torch.stack(noise).unflatten(0, (parts, draws))   # (parts, draws, Tg, C)
 
-    errors = [utterance_errors(model, ctx, end, parts, noise) for end in ends]
+    errors = [errors_of(model, ctx, end, parts, noise) for end in ends]
     null = [end.square().mean().cpu() for end in ends]
     return torch.stack(errors), torch.stack(null)
 
 
-def ask(model, autoencoder, pairs, draws):
+def ask(model, autoencoder, pairs, draws, errors_of=utterance_errors):
     """`pair_errors` of Pairs: (P, 2, levels) and (P, 2)."""
     device, least = autoencoder.mel_stats.device, model.config.patch_size
     errors, nulls = [], []
@@ -129,7 +129,7 @@ def ask(model, autoencoder, pairs, draws):
         if shared is None:
             most = min(map(len, sides)) - least               # something must be left of both
             shared = max(0, min(shared_frames(*sides), most))
-        error, null = pair_errors(model, sides, shared, draws, item)
+        error, null = pair_errors(model, sides, shared, draws, item, errors_of)
         errors.append(error)
         nulls.append(null)
     return torch.stack(errors), torch.stack(nulls)
@@ -263,7 +263,7 @@ def parse(argv=None):
     return arguments
 
 
-def main():
+def main(load_run=load_run, errors_of=utterance_errors):
     arguments = parse()
     config, model, autoencoder = load_run(arguments.run, arguments.device)
     kinds, mirrored = makers(arguments, config)
@@ -278,7 +278,7 @@ def main():
     report, started = {}, time.perf_counter()
     for kind in arguments.kinds or kinds:
         pairs = kinds[kind]()
-        errors, nulls = ask(model, autoencoder, pairs, arguments.draws)
+        errors, nulls = ask(model, autoencoder, pairs, arguments.draws, errors_of)
         cases = [pair.case for pair in pairs]
         row = report[kind] = accuracy(errors, nulls, cases, kind in mirrored)
         levels = [f"{value:>5.2f}" for value in row["levels"].values()]

@@ -74,7 +74,7 @@ def decode(autoencoder, frames):
     return batched(lambda part: autoencoder.decode(part).cpu(), frames, "decoding")
 
 
-def generate(sides, model, autoencoder, steps, cfg):
+def generate(sides, model, autoencoder, steps, cfg, sample=sample):
     """Add what the model generates after the contexts."""
     seeds, started = itertools.count(), time.perf_counter()
 

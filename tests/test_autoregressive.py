@@ -1,5 +1,7 @@
 """The rivals: causal, exact in resuming and counting, generating what they were taught to expect."""
 import dataclasses
+import importlib
+import inspect
 import json
 import math
 import os
@@ -12,9 +14,10 @@ import pytest
 import torch
 
 import cdslm
+import eval_pjsd
 from cdslm import Trainer, UserError, load, save
 from lab import autoregressive as ar
-from lab import tokens
+from lab import causal, pairs, tokens
 from tests.conftest import command
 from tests.test_training import assert_same_run
 
@@ -130,7 +133,7 @@ def test_codes_are_drawn_from_the_probabilities_that_are_trained(config, arm):
     h, u = torch.randn(200, 64), torch.rand(200, count)
     codes = model.head.draw(h, u, 1.0)
     logits = model.head(h, codes)                             # (200, K, 625), of all codes at once
-    expected = torch.stack([ar.choose(logits[:, i], u[:, i]) for i in range(count)], dim=1)
+    expected = torch.stack([causal.choose(logits[:, i], u[:, i]) for i in range(count)], dim=1)
     assert (codes == expected).float().mean() > 0.995         # but for rounding
     assert codes.unique().numel() > 100
 
@@ -143,9 +146,9 @@ def test_codes_are_drawn_from_the_probabilities_that_are_trained(config, arm):
 def test_choosing_follows_the_probabilities():
     logits = torch.tensor([0.0, 1.0, -torch.inf, 2.0])
     u = (torch.arange(10_000) + 0.5) / 10_000
-    share = ar.choose(logits.expand(10_000, -1), u).bincount(minlength=4) / 10_000
+    share = causal.choose(logits.expand(10_000, -1), u).bincount(minlength=4) / 10_000
     assert (share - logits.softmax(0)).abs().max() < 2e-4
-    assert ar.choose(logits[None], torch.ones(1)) == 3
+    assert causal.choose(logits[None], torch.ones(1)) == 3
 
 
 def test_the_noise_on_the_history_is_not_that_of_the_target(config):
@@ -220,17 +223,18 @@ def test_the_ceiling_is_true_speech_through_the_tokens(config):
 @pytest.mark.parametrize("arm", ["B", "C"])
 def test_pairs_ask_an_arm_for_its_own_errors(config, arm):
     model, (ctx, x0) = random_model(arm, config), frames(config, 1)
-    angles, noise = [0.5, 1.0, 1.4], torch.randn(1, 2, 64, 80)
-    found = ar.utterance_errors(None, angles, model, ctx[0], x0[0, :60], 1, noise)
-    whole = model.errors(x0[:, :56].expand(2, -1, -1), ctx.expand(2, -1, -1), noise[0, :, :56], angles)
+    noise = torch.randn(1, 2, 64, 80)
+    found = ar.utterance_errors(model, ctx[0], x0[0, :60], 1, noise)
+    whole = model.errors(x0[:, :56].expand(2, -1, -1), ctx.expand(2, -1, -1), noise[0, :, :56],
+                         pairs.ANGLES)
     assert torch.allclose(found, whole.mean(0) * 56 / 60)
     if arm == "B":
         assert whole[0, 0] == model.loss(None, x0[:, :56], ctx) and len(set(found.tolist())) == 1
-    two = ar.utterance_errors(None, angles, model, ctx[0], x0[0], 2, noise.expand(2, -1, -1, -1))
-    assert two.shape == (3,) and two.isfinite().all()
+    two = ar.utterance_errors(model, ctx[0], x0[0], 2, noise.expand(2, -1, -1, -1))
+    assert two.shape == (len(pairs.LEVELS),) and two.isfinite().all()
 
-    original = ar.MMDiT(config)
-    assert ar.utterance_errors(lambda *words: words, angles, original, 1, 2, 3, 4) == (original, 1, 2, 3, 4)
+    asked = random_model("A", config), ctx[0], x0[0, :60], 1, noise
+    assert torch.equal(ar.utterance_errors(*asked), pairs.utterance_errors(*asked))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -286,7 +290,7 @@ def test_6_steps_are_3_an_interruption_and_3(arm, mute, small, tmp_path, monkeyp
 
     loaded, model, _ = ar.load(config.out)
     ctx, x0 = frames(loaded)
-    assert ar.generate(model, ctx, steps=2).shape == x0.shape and cdslm.MMDiT is ar.MMDiT
+    assert ar.generate(model, ctx, steps=2).shape == x0.shape
     refuse(config, arm, tmp_path)
 
 
@@ -325,33 +329,54 @@ def test_a_run_of_cdslm_is_arm_a(folder):
         ar.train(cdslm.read_config(folder), "B")
 
 
-PROGRAM = """
-from cdslm import load_run, sample
-def main():
-    import sys
-    config, model, autoencoder = load_run(sys.argv[1])
-    x = sample(model, model.silence.float().expand(2, config.ctx_frames, -1), steps=2)
-    seen.append((type(model).__name__, x.shape[1], sys.argv[2:]))
-seen = []
-"""
-
-
-def test_a_program_gets_the_run_of_any_arm(folder, tmp_path, monkeypatch):
-    """And its own flags; unknown programs are refused."""
-    (tmp_path / "eval_pjsd.py").write_text(PROGRAM)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "eval_pjsd", raising=False)
-    for name in ("load_run", "sample"):
-        monkeypatch.setattr(cdslm, name, getattr(cdslm, name))
+@pytest.mark.parametrize("arm", ["A", "B", "C"])
+def test_the_programs_take_a_run_of_any_arm(arm, config, mute, monkeypatch, capsys, tmp_path):
+    """And their own flags."""
+    monkeypatch.setattr(tokens, "SAMPLES", 50)
+    ar.train(dataclasses.replace(config, steps=1), arm)
     monkeypatch.setattr(sys, "argv", ["autoregressive"])
-    ar.run_program("eval_pjsd", [folder, "--temperature", "0.5", "--minutes", "3"])
-    program = sys.modules.pop("eval_pjsd")
-    assert program.seen == [("MMDiT", 64, ["--minutes", "3"])]
-    assert cdslm.sample.keywords == {"temperature": 0.5}
+    sound, kept = tmp_path / "x.wav", tmp_path / "pairs.json"
+    words = [config.out, "--prompt", "none", "--out", str(sound), "--steps", "2"]
+    files = []
+    for temperature in ("0.01", "1", "1"):
+        ar.run_program("sample", [*words, "--temperature", temperature])
+        files.append(sound.read_bytes())
+    assert files[1] == files[2] and (files[0] != files[1]) == (arm == "B")
+    ar.run_program("lab.pairs", [config.out, "--kinds", "speaker", "--number", "4", "--draws", "1", "--json", str(kept)])
+    levels = json.loads(kept.read_text())["speaker"]["levels"]
+    assert len(set(levels.values())) == 1 or arm != "B"      # likelihood knows no noise levels
+
+
+def test_a_judge_gets_what_an_arm_generates(folder, monkeypatch):
+    """Each program that is named takes what it is given; others, and bad flags, are refused."""
+    seen = []
+    monkeypatch.setattr(sys, "argv", ["autoregressive"])
+    for name in ("eval_pjsd", "sample", "lab.coherence", "lab.words"):
+        main = importlib.import_module(name).main
+        inspect.signature(main).bind(load_run=ar.load, sample=ar.generate)
+        monkeypatch.setattr(sys.modules[name], "main", lambda **parts: seen.append(parts))
+        ar.run_program(name, [folder, "--temperature", "0.5", "--minutes", "3"])
+        assert seen[-1]["load_run"] == ar.load and sys.argv[1:] == [folder, "--minutes", "3"]
+        assert seen[-1]["sample"].keywords == {"temperature": 0.5}
+    ar.run_program("eval_pjsd", [folder, "--ceiling"])
+    assert seen[-1]["generate"] == ar.through_tokens
+    inspect.signature(eval_pjsd.judge_run).bind(None, **seen[-1])
     for name, words in (("nonsense", []), ("json", []), ("eval_pjsd", ["--temperature", "0"]),
                         ("lab.pairs", ["x", "--ceiling"])):
         with pytest.raises(UserError):
             ar.run_program(name, words)
+
+
+def test_a_folder_is_of_no_arm_before_its_first_step(folder, config, tmp_path, monkeypatch):
+    """What was interrupted while its decoder was trained may become any arm's."""
+    for path in Path(folder).glob("*checkpoint*"):
+        path.unlink()
+    (Path(folder) / "trunk.pt").unlink(missing_ok=True)
+    ar.train(dataclasses.replace(config, steps=1), "C")
+    assert ar.read_arm(folder) == "C"
+    (Path(folder) / "checkpoint.pt").unlink()
+    with pytest.raises(UserError, match="holds a run of arm C"):
+        ar.train(dataclasses.replace(config, steps=1), "A")
 
 
 # --------------------------------------------------------------------------------------------------

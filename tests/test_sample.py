@@ -24,11 +24,11 @@ def say(trained, monkeypatch, tmp_path, capsys):
     """say("--num", 2, ...): run sample.py on the shared run -> (the file asked for, its output)."""
     monkeypatch.setattr(lab.clips, "transcriber", lambda *arguments: None)
 
-    def run(*words, out="x.wav", run=trained[0]):
+    def run(*words, out="x.wav", run=trained[0], **parts):
         words = [str(run), "--out", str(tmp_path / out), "--steps", "2", *map(str, words)]
         monkeypatch.setattr("sys.argv", ["sample.py", *words])
         capsys.readouterr()
-        speak.main()
+        speak.main(**parts)
         return tmp_path / out, capsys.readouterr().out
 
     return run
@@ -70,15 +70,14 @@ def test_without_a_prompt_held_out_contexts_are_continued(say, tmp_path):
     assert len({file.read_bytes() for file in files}) == 4
 
 
-def test_several_are_made_in_one_batch(say, recording, tmp_path, monkeypatch):
-    batches, sample = [], speak.sample
+def test_several_are_made_in_one_batch(say, recording, tmp_path):
+    batches = []
 
     def counted(model, context, *rest, **options):
         batches.append(len(context))
-        return sample(model, context, *rest, **options)
+        return cdslm.sample(model, context, *rest, **options)
 
-    monkeypatch.setattr(speak, "sample", counted)
-    say("--prompt", recording(), "--num", 3)
+    say("--prompt", recording(), "--num", 3, sample=counted)
     files = sorted(tmp_path.glob("x-*.wav"))
     assert batches == [3] and len({file.read_bytes() for file in files}) == 3
 
