@@ -21,6 +21,7 @@ from tqdm import tqdm
 from cdslm import (CFG, FRAME_RATE, RATE, STEPS, Parser, UserError, cli, load_run, log_mel,
                    open_corpus, sample)
 from lab import markov
+from lab.best import best_of
 from lab.decided import draw_decided, what_is_decided
 from lab.kept import voice_rows
 from lab.listener import batched, error_rate, language_kept, load_listener, toy_truth
@@ -232,6 +233,7 @@ def by_language(clips, spoken):
 def judge_run(arguments, load_run=load_run, sample=sample, generate=generate):
     """The report on a run: it continues held-out contexts, and what it generates is compared with
     other speech beside the true continuations."""
+    sample = best_of(arguments.best_of, sample)
     config, model, autoencoder = load_run(arguments.run, arguments.device)
     is_toy, m = config.data == "toy", config.gen_frames
     if is_toy and config.toy_grammar == "topics":
@@ -297,6 +299,7 @@ def parse(argv=None):
         help="minutes of speech that a run generates [20]")
     add("--cfg", type=float, default=CFG, help="guidance scale [2]")
     add("--steps", type=int, default=STEPS, help="evaluations of the network per window [24]")
+    add("--best-of", type=int, default=1, help="of so many, judge the likeliest (lab/best.py) [1]")
     add("--device", default="auto", help="cuda, mps, cpu [auto]")
     add("--decided", action="store_true",
         help="toy: what is decided at which noise level? Draws RUN/decided.png")

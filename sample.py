@@ -3,14 +3,14 @@
     python sample.py out/tiny                                            contexts of the run
     python sample.py out/digits --prompt me.flac --seconds 12 --cfg 3    a recording
     python sample.py out/tiny --prompt none --num 8                      silence, eight times
+    python sample.py out/tiny --best-of 4      keeps the one of four that the model finds likeliest
     python sample.py out/tiny --watch          how one continuation comes about, step by step
     python sample.py out/a out/b               two runs, the same contexts and the same noise
 
-Each file is the context followed by the generated continuation. A continuation that is longer than
-the model's window is generated window by window and decoded as a whole, so no seam is audible. Of a
-long prompt, the model sees the end; what comes before is copied from the recording. The same
-command writes the same files on the same machine. Files that are written to the run folder, as they
-are without --out, also appear on its page: open RUN/index.html in a browser.
+Each file is the context followed by the continuation. If that is longer than the model's window, it
+is generated window by window and decoded as a whole, so no seam is audible. Of a long prompt, the
+model sees the end; what comes before is copied from the recording. The same command writes the same
+files on the same machine. Files in the run folder, as without --out, are also on RUN/index.html.
 """
 import math
 import shlex
@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 
 from cdslm import (CFG, FRAME_RATE, GENERATING, HOP, RATE, SOLVERS, STEPS, Parser, UserError, cli,
-                   guided, keyed_noise, levels, load, load_audio, load_run, open_page, sample,
-                   save_audio)
+                   guided, keyed_noise, lab, levels, load, load_audio, load_run, open_page,
+                   sample, save_audio)
 
 SILENT = 1e-3           # a prompt whose samples all stay below this, -60 dBFS, holds no speech
 FADE = 480              # samples (20 ms) over which a copied prompt turns into the decoded one
@@ -42,16 +42,17 @@ def parse(argv=None):
     add("--steps", type=int, default=STEPS, help=f"network evaluations per window [{STEPS}]")
     add("--sampler", default="dpm", choices=[*SOLVERS], help="DPM-Solver++(2M) or DDIM [dpm]")
     add("--seed", type=int, default=0, help="another seed gives another continuation [0]")
+    add("--best-of", type=int, default=1, help="of so many continuations, keep the likeliest [1]")
     add("--device", default="auto", help="cuda, mps, cpu; auto: the first that is available")
     add("--watch", action="store_true", help="show on the page how one continuation comes about")
     add("--out", type=Path,
-        help="WAV file to write, or a folder for it; with --num above 1, x.wav becomes x-1.wav, "
-             "... [RUN/continued.wav]; of several runs, a folder [A-vs-B beside A]")
+        help="WAV file to write, or a folder for it; of several, x.wav becomes x-1.wav, ... "
+             "[RUN/continued.wav]; of several runs, a folder [A-vs-B beside A]")
     arguments = parser.parse_intermixed_args(argv)
 
-    others = arguments.num or arguments.seconds or arguments.out or arguments.runs[1:]
-    if arguments.watch and others:
-        raise UserError("--watch is for one run, without --num, --seconds and --out")
+    others = arguments.num or arguments.seconds or arguments.out or arguments.best_of > 1
+    if arguments.watch and (others or arguments.runs[1:]):
+        raise UserError("--watch is for one run, without --num, --seconds, --best-of and --out")
     if arguments.num is None:
         arguments.num = 1 if arguments.prompt or arguments.watch else 4
     if arguments.seconds is not None and not 0 < arguments.seconds < math.inf:
@@ -93,9 +94,15 @@ def output_files(arguments):
     return [files]
 
 
-def read_prompt(prompt, samples):
-    """A prompt, a file or "none", as a wave (N,) of at least `samples` samples and of whole frames.
-    A shorter one has silence before it."""
+def contexts(arguments, config):
+    """The speech to continue: waves (num, N) that the model sees, and what comes before (M,). A
+    short prompt has silence before it."""
+    samples, prompt = config.ctx_frames * HOP, arguments.prompt
+    if prompt is None:
+        examples = load(Path(arguments.runs[0]) / "autoencoder.pt")["examples"]
+        chosen = torch.arange(arguments.num) % len(examples)
+        return examples[chosen, :samples].float() / 32767, torch.zeros(0)
+
     wave = torch.zeros(0)
     if prompt != "none":
         wave = load_audio(prompt)
@@ -103,32 +110,21 @@ def read_prompt(prompt, samples):
             print(f"{prompt} is silent: starting from silence")
             wave = torch.zeros(0)
         elif len(wave) < samples:
-            print(f"{prompt} is {len(wave) / RATE:.1f} s long: padded with silence in front to "
-                  f"{samples / RATE:g} s")
+            print(f"{prompt}: padded with {(samples - len(wave)) / RATE:.1f} s of silence in front")
     wave = F.pad(wave, (max(0, samples - len(wave)), 0))
 
     # The end of the prompt is what is continued, so the incomplete frame is cut from its start.
-    return wave[len(wave) % HOP:]
-
-
-def contexts(arguments, config):
-    """The speech to continue: waves (num, N) that the model sees, and what comes before (M,)."""
-    samples = config.ctx_frames * HOP
-    if arguments.prompt is None:
-        examples = load(Path(arguments.runs[0]) / "autoencoder.pt")["examples"]
-        chosen = torch.arange(arguments.num) % len(examples)
-        return examples[chosen, :samples].float() / 32767, torch.zeros(0)
-    wave = read_prompt(arguments.prompt, samples)
+    wave = wave[len(wave) % HOP:]
     return wave[-samples:].repeat(arguments.num, 1), wave[:-samples]
 
 
-def speak(arguments, run, waves, before, frames, sample):
-    """Continue waves (num, N) by `frames` frames: (num, N'). They fade in after `before` (M,)."""
-    # Generate, then decode the context and the continuation together.
+def speak(arguments, run, waves, before, seconds, sample):
+    """Continue waves (num, N) by some seconds: (num, N'). They fade in after `before` (M,)."""
     _, model, autoencoder = run
     context = autoencoder.encode(waves.to(autoencoder.mel_stats.device))      # (num, T, C)
-    continuation = sample(model, context, frames, arguments.steps, arguments.cfg,
-                          arguments.sampler, arguments.seed, progress=GENERATING)
+    continuation = sample(
+        model, context, max(1, round(seconds * FRAME_RATE)), steps=arguments.steps,
+        cfg=arguments.cfg, sampler=arguments.sampler, seed=arguments.seed, progress=GENERATING)
     decoded = autoencoder.decode(torch.cat([context, continuation], dim=1)).cpu()
 
     # The recording before the context, which is copied, fades into the decoded context.
@@ -166,6 +162,10 @@ def watch(arguments, model, context):
 
 def main(load_run=load_run, sample=sample):
     arguments = parse()
+    if arguments.best_of != 1:
+        if not lab("best"):
+            raise UserError("--best-of needs lab/best.py beside cdslm.py")
+        sample = lab("best").best_of(arguments.best_of, sample)
     files, written = output_files(arguments), {}
     place = files[0][0].parent
     runs = [load_run(run, arguments.device) for run in arguments.runs]
@@ -185,8 +185,7 @@ def main(load_run=load_run, sample=sample):
     else:
         place.mkdir(exist_ok=True)
         for name, run, own in zip(arguments.runs, runs, files):
-            frames = max(1, round(seconds * FRAME_RATE))
-            sounds = speak(arguments, run, waves, before, frames, sample)
+            sounds = speak(arguments, run, waves, before, seconds, sample)
             for i, (file, wave) in enumerate(zip(own, sounds), 1):
                 save_audio(file, torch.cat([before, wave]))
                 written[file] = f"{i}: {name}" if len(runs) > 1 else file.name

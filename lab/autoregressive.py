@@ -33,6 +33,7 @@ from cdslm import (ANGLES, CFG, CHECKPOINTS, STEPS, VALIDATION_WINDOWS, Diffusio
                    Trainer, UserError, autocast, cli, config_parser, count, keyed, keyed_noise,
                    launched_together, load_run, read_json, replacing, sample, to_config)
 from lab import pairs
+from lab.best import best_of
 from lab.causal import TOKENS, CodeModel, new_model
 from lab.tokens import flops_of, new_tokeniser, open_tokeniser, tokeniser_flops
 
@@ -236,18 +237,22 @@ def run_program(name, words):
     parser = Parser(add_help=False)
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--ceiling", action="store_true")
+    parser.add_argument("--best-of", type=int, default=1)
     arguments, sys.argv[1:] = parser.parse_known_args(words)
     if not 0 < arguments.temperature < math.inf:
         raise UserError("--temperature must be more than 0")
     if arguments.ceiling and name != "eval_pjsd":
         raise UserError("--ceiling is for eval_pjsd")
+    if "--watch" in words:
+        raise UserError("--watch is for runs of cdslm.py, by sample.py itself")
     if name not in PROGRAMS:
         raise UserError(f"{name} is no program that takes a run of any arm; there are "
                         f"{', '.join(PROGRAMS)}")
 
     if name == "lab.pairs":
         return pairs.main(load, utterance_errors)
-    parts = {"sample": functools.partial(generate, temperature=arguments.temperature)}
+    speak = functools.partial(generate, temperature=arguments.temperature)
+    parts = {"sample": best_of(arguments.best_of, speak, utterance_errors)}
     if arguments.ceiling:
         parts["generate"] = through_tokens
     importlib.import_module(name).main(load_run=load, **parts)

@@ -95,7 +95,8 @@ def shared_frames(a, b):
 @torch.no_grad()
 def pair_errors(model, sides, shared, draws, item, errors_of=utterance_errors):
     """Errors (2, levels) of both utterances (T, C) of pair number `item` from frame `shared` on,
-    and the errors (2,) of predicting the mean frame. The noise depends on pair and draw alone."""
+    and the errors (2,) of predicting the mean frame. The noise depends on pair and draw alone. More
+    than two are compared in the same way."""
     config = model.config
     n, m = config.ctx_frames, config.gen_frames
     start = sides[0][:shared][-n:]
@@ -148,6 +149,12 @@ def interval(share, count):
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
+def score(errors):
+    """Errors (..., levels) -> what a model chooses the smallest of (...): the logarithm, mean over
+    DECISIVE levels, so that a ratio counts as much at each of them."""
+    return errors.log()[..., DECISIVE].mean(-1)
+
+
 def share_right(gain):
     """Share of choices (P, ...) that are right, along the first dimension. A tie is half right."""
     return (gain.sign() / 2 + 0.5).mean(0)
@@ -157,11 +164,10 @@ def accuracy(errors, nulls, cases, mirrored=False):
     """{accuracy, interval, pairs, null, levels} from errors (P, 2, levels) of true and false
     utterances, from those of the mean frame (P, 2), and from each pair's case.
 
-    A model chooses by the logarithm of its error, mean over DECISIVE levels, so that a ratio counts
-    as much at each of them. If every two pairs mirror each other, `matched` is the accuracy of
+    A model chooses by `score`. If every two pairs mirror each other, `matched` is the accuracy of
     choosing for both at once."""
     gain = errors[:, 1].log() - errors[:, 0].log()            # (P, levels)
-    chosen = gain[:, DECISIVE].mean(1)                        # (P,)
+    chosen = score(errors[:, 1]) - score(errors[:, 0])        # (P,)
     share = float(share_right(chosen))
     count = len(set(cases))
     null = share_right(nulls[:, 1] - nulls[:, 0])

@@ -9,6 +9,7 @@ import torch
 import cdslm
 from cdslm import Config, MMDiT, save_audio
 from lab import pair_stories, pairs
+from lab.best import best_of
 from lab.markov import ngrams, words_in
 from lab.pair_files import find_pairs, read_pair
 from lab.pair_speech import FIRST, KINDS, SWAPPED, make_pairs, non_words
@@ -147,6 +148,56 @@ def test_accuracy_counts_ties_and_matches_mirrored_pairs():
 
 def test_pairs_come_from_speech_that_training_never_sees():
     assert FIRST > 2_000_000 + 1_000_000 - 1
+
+
+# --------------------------------------------------------------------------------------------------
+# The best of several continuations.
+
+def numbered(calls):
+    """Like `sample`: the continuations of a call are constant, another constant for each seed."""
+    def sample(model, context, frames=None, seed=0):
+        calls.append(seed)
+        return torch.full((len(context), frames, 80), float(len(calls)))
+    return sample
+
+
+@pytest.mark.parametrize("least", [1, 2, 4])
+def test_the_best_has_the_least_denoising_error(config, least):
+    """Of four continuations, whose errors are given; each is judged after its own context, all with the same noise."""
+    calls, noises, context = [], [], torch.arange(2 * N * 80.0).view(2, N, 80)
+
+    def errors_of(model, ctx, x0, parts, noise):
+        noises.append(noise)
+        assert torch.equal(ctx, context[(len(noises) - 1) // 4]) and x0.shape == (50, 80)
+        errors = torch.full((len(pairs.LEVELS),), 1.0 if x0[0, 0] == least else 2.0)
+        errors[[0, -1]] = 3 - errors[1]                       # the other way around where nothing is decided
+        return errors
+
+    found = best_of(4, numbered(calls), errors_of)(untrained(config), context, 50, seed=7)
+    assert found.shape == (2, 50, 80) and (found == least).all()
+    assert calls[0] == 7 and len(set(calls)) == 4
+    assert torch.equal(noises[0], noises[3]) and not torch.equal(noises[0], noises[4])
+
+
+def test_the_best_of_a_batch_is_that_of_each_context(config):
+    """By the real errors; the first continuation is that of `sample`, and one is kept that `sample` has made."""
+    model = random_weights(config)
+    torch.manual_seed(3)
+    context, options = torch.randn(3, N, 80), dict(frames=M + 20, steps=2)
+    found = best_of(3)(model, context, **options)
+    for count in (1, 2):
+        assert torch.allclose(best_of(3)(model, context[:count], **options), found[:count], atol=1e-4)
+    assert torch.equal(best_of(1)(model, context, **options), cdslm.sample(model, context, **options))
+
+    seeds = [0] + [cdslm.keyed(0, "best of", number) for number in (1, 2)]
+    made = [cdslm.sample(model, context, seed=seed, **options) for seed in seeds]
+    for item in range(3):
+        sides = [torch.cat([context[item], x0[item]]) for x0 in made]
+        errors = [pairs.pair_errors(model, [side], N, pairs.DRAWS, item)[0][0] for side in sides]
+        least = torch.stack(errors).log()[:, pairs.DECISIVE].mean(1).argmin()
+        assert torch.equal(found[item], made[least][item])
+    with pytest.raises(cdslm.UserError, match="--best-of must be at least 1"):
+        best_of(0)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -93,6 +93,33 @@ def test_the_same_command_makes_the_same_file(say, recording, sampler):
     assert files[0] == files[1] != files[2]
 
 
+def test_the_best_of_several_is_kept(say):
+    """The same as by hand, from the same context; one alone is what is made without the flag."""
+    plain, one = [say("--prompt", "none", *words, out=out)[0].read_bytes()
+                  for words, out in (((), "a.wav"), (("--best-of", 1), "b.wav"))]
+    assert plain == one
+    calls = []
+
+    def sample(model, context, frames, seed, **options):
+        calls.append(cdslm.sample(model, context, frames, seed=seed, **options))
+        return calls[-1]
+
+    path, _ = say("--prompt", "none", "--best-of", 3, out="c.wav", sample=sample)
+    files = []
+    for made in list(calls):
+        other, _ = say("--prompt", "none", out="d.wav", sample=lambda *_, made=made, **__: made)
+        files.append(other.read_bytes())
+    assert len(set(files)) == 3 and path.read_bytes() in files and files[0] == plain
+    with pytest.raises(UserError, match="--watch is for one run"):
+        speak.parse(["run", "--watch", "--best-of", "2"])
+
+
+def test_without_the_lab_there_is_no_best(say, monkeypatch):
+    monkeypatch.setattr(speak, "lab", lambda name: None)
+    with pytest.raises(UserError, match="needs lab/best.py"):
+        say("--prompt", "none", "--best-of", 2)
+
+
 def test_beyond_a_window_it_goes_on(say):
     path, _ = say("--prompt", "none", "--seconds", 4.1)
     assert seconds(path) == pytest.approx(0.4 + 4.1, abs=0.02)
@@ -130,6 +157,7 @@ def test_it_works_when_the_training_data_is_gone(trained, say, monkeypatch):
         ["--seconds", "nan"],
         ["--seconds", "inf"],
         ["--num", "0"],
+        ["--best-of", "0"],
         ["--steps", "0"],
         ["--cfg", "nan"],
         ["--sampler", "euler"],
