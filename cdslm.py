@@ -1637,20 +1637,21 @@ class Corpus:
             for name, minute, frames in shard["clips"]:
                 clips.append((name, minute, number, start, frames))
                 start += frames
-        self.runs, self.tables = split(clips, window), {}
+        self.runs = split(clips, window)
 
     def hours(self, split):
         """Hours of a split in runs that are long enough for a window."""
         frames = self.runs[split][:, 2]
         return frames[frames >= self.window].sum() / FRAME_RATE / 3600
 
+    def ends(self, split, frames):
+        """For each run of a split, how many windows begin in it and in the runs before it, (R,). A
+        key of `windows` counts them in this order."""
+        return np.maximum(self.runs[split][:, 2] - frames + 1, 0).cumsum()
+
     def windows(self, kind, split, keys, frames):
         """Windows, float32: "mel" (len(keys), frames, 80) or "audio" (len(keys), 300 * frames)."""
-        if (split, frames) not in self.tables:
-            runs = self.runs[split]
-            runs = runs[runs[:, 2] >= frames]
-            self.tables[split, frames] = runs, np.cumsum(runs[:, 2] - frames + 1)
-        runs, ends = self.tables[split, frames]
+        runs, ends = self.runs[split], self.ends(split, frames)
 
         hop, windows = {"mel": 1, "audio": HOP}[kind], []
         for key in keys:

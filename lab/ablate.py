@@ -2,13 +2,16 @@
 
     python -m lab.ablate                   the paper's ablations, one by one; 20 minutes a seed
     python -m lab.ablate words             what brought words sooner, step by step; half an hour
-    python -m lab.ablate [words] --table   prints the results as a table for docs/results.md
+    python -m lab.ablate [words] --table   trains nothing: prints the results that are there
+
+Results are kept in lab/results/. The second study stands in docs/results.md, "What brought words
+sooner".
 
 Times are for one core and one of two seeds; `--seed 1` trains that seed alone, so two processes can
 share the work. The same command resumes. A model is `tiny` with the flags of `BASE`. Its frames are
 recognised without the decoder, so only the model is judged.
 
-(The ablations in lab/results/ are older: queries and keys were not centred, and the sampler used 48
+(lab/results/ablations.csv is older: queries and keys were not centred, and the sampler used 48
 evaluations with a guidance of 1.25 at every level. To measure all again, delete that file.)
 """
 import csv

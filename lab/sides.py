@@ -41,11 +41,12 @@ def check(arguments):
 
 def windows(corpus, split, frames, count):
     """At most `count` windows from all over a corpus, of which no two overlap: (B, N)."""
-    places = [(shard, start + at) for shard, start, length in corpus.runs[split]
-              for at in range(0, length - frames + 1, frames)]
-    cut = [corpus.shards[shard]["audio"][at * HOP:(at + frames) * HOP]
-           for shard, at in np.random.default_rng(0).permutation(places)[:count]]
-    return torch.from_numpy(np.stack(cut).astype(np.float32) / 32767)
+    keys, first = [], 0
+    for end in corpus.ends(split, frames).tolist():
+        keys += range(first, end, frames)
+        first = end
+    keys = np.random.default_rng(0).permutation(keys)[:count]
+    return torch.from_numpy(corpus.windows("audio", split, keys, frames))
 
 
 def real_sides(config, corpus, autoencoder, count):

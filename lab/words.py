@@ -209,12 +209,12 @@ def stories_of(folder):
 
 def held_out(corpus, frames, count):
     """Windows, evenly spread over held-out stories: sounds (count, N), story numbers (count,)."""
-    starts = np.maximum(corpus.runs["valid"][:, 2] - frames + 1, 0)
-    if not starts.any():
+    ends = corpus.ends("valid", frames)
+    if not ends[-1]:
         raise UserError(f"no held-out story takes {frames / FRAME_RATE:g} s; try fewer --seconds")
-    keys = np.arange(count) * starts.sum() // count
+    keys = np.arange(count) * ends[-1] // count
     waves = corpus.windows("audio", "valid", keys, frames)
-    return torch.from_numpy(waves), np.searchsorted(starts.cumsum(), keys, side="right")
+    return torch.from_numpy(waves), np.searchsorted(ends, keys, side="right")
 
 
 def speak(arguments, waves, config, model, autoencoder, sample):
