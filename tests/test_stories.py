@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import cdslm
-from cdslm import RATE, UserError, load_audio
+from cdslm import HOP, RATE, Corpus, UserError, load_audio
 from lab import stories, words
+from lab.sides import windows
 from lab.stories import GRAMMARS, allowed, write_story
 from tests.conftest import command
 
@@ -320,3 +321,40 @@ def test_the_chain_hears_what_was_said():
     wave, line = stories.tell(2, **SETTINGS)
     heard = words.recogniser("tiny.en")(torch.from_numpy(wave))
     assert words.sequences(heard, 1) == words.sequences(line["text"], 1)
+
+
+# --------------------------------------------------------------------------------------------------
+# Windows of a corpus.
+
+@pytest.fixture
+def numbered():
+    """A corpus of recordings of 10 to 100 frames, of which each frame has its own number."""
+    lengths = np.random.default_rng(0).integers(10, 100, 200)
+    audio = np.repeat(np.arange(lengths.sum()), HOP).astype(np.int16)
+    clips = [[f"{number}/a.wav", 0, int(length)] for number, length in enumerate(lengths)]
+    mel = np.zeros((len(audio) // HOP, 80), np.float16)
+    return Corpus([{"clips": clips, "skipped": {}, "audio": audio, "mel": mel}], 40)
+
+
+def frame_numbers(waves):
+    return (waves.unflatten(1, (-1, HOP))[:, :, 0] * 32767).round().int().numpy()
+
+
+@pytest.mark.parametrize("split", ["train", "valid"])
+def test_windows_that_are_judged_do_not_overlap(numbered, split):
+    """None lies in two recordings, and there are as many as there can be."""
+    found = frame_numbers(windows(numbered, split, 30, 10_000))
+    runs = numbered.runs[split]
+    assert len(found) == (runs[:, 2] // 30).sum() > 10 and len(np.unique(found)) == found.size
+    rows = np.searchsorted(runs[:, 1], found[:, 0], side="right") - 1
+    assert (np.diff(found) == 1).all() and (found[:, -1] < runs[rows, 1] + runs[rows, 2]).all()
+    assert (frame_numbers(windows(numbered, split, 30, 7)) == found[:7]).all()
+
+
+def test_held_out_windows_come_from_the_stories_that_are_named(numbered):
+    waves, stories = words.held_out(numbered, 40, 25)
+    found, (_, start, length) = frame_numbers(waves), numbered.runs["valid"][stories].T
+    assert (found[:, 0] >= start).all() and (found[:, -1] < start + length).all()
+    assert (np.diff(stories) >= 0).all() and len(set(stories)) > 5
+    with pytest.raises(UserError, match="no held-out story takes 25 s"):
+        words.held_out(numbered, 2000, 25)
