@@ -905,7 +905,6 @@ def training_step(network, ema, optimizers, diffusion, config, step, batches, ha
 import argparse
 import ast
 import copy
-import ctypes
 import datetime
 import gc
 import glob
@@ -918,9 +917,7 @@ import shlex
 import shutil
 import signal
 import sys
-import threading
 import time
-import warnings
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -1005,13 +1002,10 @@ def griffin_lim(magnitude, source, iterations=32, momentum=0.99):
     """Magnitudes (B, n + 1, T) and a complex spectrum with initial phases, of the same shape ->
     complex spectrum whose phases agree better between frames (Perraudin et al. 2013)."""
     fft = 2 * magnitude.shape[1] - 2
-    phase, previous = source.sgn(), None
+    phase, previous = source.sgn(), 0
     for _ in range(iterations):
         projected = stft(istft(magnitude * phase), fft, fft // 4, fft)
-        if previous is None:
-            phase = projected.sgn()
-        else:
-            phase = (projected - previous * (momentum / (1 + momentum))).sgn()
+        phase = (projected - previous * (momentum / (1 + momentum))).sgn()
         previous = projected
     return magnitude * phase
 
@@ -1060,7 +1054,7 @@ class AudioAutoencoder(Encoder):
         super().__init__()
         self.latent_dim, self.decoder = latent_dim, decoder
         self.channels = latent_dim or MELS
-        self.register_buffer("latent_stats", torch.tensor([0.0, 1.0]))
+        self.register_buffer("latent_stats", torch.tensor([0.0, 1.0]))        # mean, std
         if latent_dim:
             self.latent_stats = self.latent_stats[:, None].repeat(1, latent_dim)
             self.encoder = convnext(MELS, 2 * latent_dim, blocks=2)
@@ -1089,19 +1083,6 @@ class AudioAutoencoder(Encoder):
         """A frame of digital silence, (C,)."""
         wave = torch.zeros(1, 33 * HOP, device=self.mel_stats.device)
         return self.encode(wave)[0, 16]
-
-    def bottleneck_loss(self, wave, dtype=torch.float32, kl_weight=1e-3):
-        """Loss of the variational bottleneck on samples (B, N): log-mel reconstruction, and the KL
-        divergence of the latents from a standard normal. One window of the batch is replaced by
-        silence, which must come back as silence."""
-        wave = torch.cat([wave[1:], torch.zeros_like(wave[:1])])
-        mel = super().from_mel(log_mel(wave))
-        with autocast(wave.device, dtype):
-            mean, logvar = self.encoder(mel.mT).float().chunk(2, dim=1)       # (B, latent_dim, T)
-            latents = mean + torch.randn_like(mean) * (0.5 * logvar).exp()
-            reconstruction = self.unlatent(latents).float().mT
-        kl = 0.5 * (mean ** 2 + logvar.exp() - 1 - logvar).mean()
-        return F.l1_loss(reconstruction, mel) + kl_weight * kl
 
     def spectrum(self, normalised, noise, start=0, phase=0, dtype=torch.float32):
         """Normalised log-mel (B, T, 80) and noise (1, 300 T) -> magnitudes (B, 601, T), a complex
@@ -1138,15 +1119,8 @@ class AudioAutoencoder(Encoder):
 
     def decode(self, frames, piece=1600, margin=64):
         """(B, T, C) frames -> (B, 300 T) samples. Long inputs are decoded in pieces that overlap by
-        `margin` frames on each side, so memory stays bounded. Raises UserError for a wrong shape
-        and for frames that are not finite."""
-        length = frames.shape[1] if frames.ndim == 3 else 0
-        if not length or frames.shape[2] != self.channels:
-            raise UserError(f"decode takes frames (B, T, {self.channels}) with T > 0, not "
-                            f"{tuple(frames.shape)}")
-        if not torch.isfinite(frames).all():
-            raise UserError("decode takes finite frames; these hold NaN or infinite values")
-
+        `margin` frames on each side, so memory stays bounded."""
+        length = frames.shape[1]
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(1, HOP * length, generator=generator).to(frames.device)
         fit_phases = two_band_griffin_lim if self.decoder == "neural" else griffin_lim
@@ -1186,14 +1160,13 @@ def stft_distance(decoded, wave):
 # --------------------------------------------------------------------------------------------------
 # 10. Files: recordings of any kind, and writing that leaves a whole file or the old one.
 
-AUDIO_FILES = set(".wav .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .au .caf .w64 .rf64 .sph"
-                  .split())
-OTHER_MEDIA = set(".m4a .aac .mp4 .m4b .webm .wma .amr .mkv .mov .3gp .ape .mpc".split())
+AUDIO_FILES = set(".wav .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .au .caf .w64 .rf64 .sph "
+                  ".m4a .aac .mp4 .webm .wma .amr .mkv .mov".split())     # the last are never read
 
 
 def reason(error):
     """The first line of an error's message, or failing that its type."""
-    lines = str(error).splitlines()
+    lines = getattr(error, "error_string", str(error)).splitlines()           # of libsndfile
     return lines[0] if lines else type(error).__name__
 
 
@@ -1220,29 +1193,19 @@ def resample(wave, rate, new_rate=RATE):
     return resampled[:-(-len(wave) * new_rate // rate)]
 
 
-@contextlib.contextmanager
-def open_audio(path):
-    """A recording as a SoundFile, and its file descriptor. Python opens it: libsndfile does not
-    take every name."""
-    with (open(path, "rb") as disk,
-          soundfile.SoundFile(disk.fileno(), closefd=False) as file):
-        yield file, disk.fileno()
-
-
 def read_audio(path, start=0, stop=math.inf):
     """Yield seconds `start` to `stop` of a recording, a minute at a time: mono, 24 kHz, float32
-    (N,). Raises UserError if it can't be read or holds NaN, and after the last minute if there is
-    more in the file than that."""
+    (N,). Raises UserError if it can't be read; and after its last minute, if the file is longer or
+    shorter than its header says."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
     try:
-        with open_audio(path) as (file, disk):
-            rate, size = file.samplerate, os.fstat(disk).st_size
+        # Python opens the file: libsndfile does not take every name.
+        with open(path, "rb") as disk, soundfile.SoundFile(disk.fileno(), closefd=False) as file:
+            rate, done = file.samplerate, start * file.samplerate
             end = math.ceil(min(file.frames, stop * rate))
-            done = start * rate
             if not 8000 <= rate <= 192_000:
                 raise UserError(f"{path}: {rate} Hz is outside 8 to 192 kHz")
-            scale = full_scale(path, file.subtype, os.stat(path).st_mtime_ns)
             for at in range(start * rate, end, 60 * rate):
                 # Minutes overlap by a second, so that resampling makes no edge between them.
                 before = min(at, rate)
@@ -1253,41 +1216,20 @@ def read_audio(path, start=0, stop=math.inf):
                 done = at + len(piece) - before
                 if done <= at:                                # the header promised more
                     break
-                if not np.isfinite(piece).all():
-                    raise UserError(f"{path}: contains NaN or infinite samples")
+                if not (abs(piece) < 16).all():
+                    raise UserError(f"{path}: contains NaN, infinite or huge samples")
+                mono = torch.from_numpy(piece.clip(-1, 1).mean(1))
                 samples = -(-min(60 * rate, len(piece) - before) * RATE // rate)
-                mono = torch.from_numpy(to_mono((piece / scale).clip(-1, 1)))
                 yield resample(mono, rate)[before * RATE // rate:][:samples]
 
             # libsndfile reads as far as the header says, which may be wrong: of files that were
             # joined, or of an mp3 that does not state its length.
-            unread = size - os.lseek(disk, 0, os.SEEK_CUR)
+            size = os.fstat(disk.fileno()).st_size
+            unread = size - os.lseek(disk.fileno(), 0, os.SEEK_CUR)
             if done < end or (end == file.frames and unread > 4096 + 0.02 * size):
-                raise UserError(f"{path}: only its first {done / rate:.1f} s can be read; convert "
-                                "it: ffmpeg -i FILE FILE.flac")
+                raise UserError(f"{path}: only its first {done / rate:.1f} s can be read")
     except (soundfile.SoundFileError, OSError, RuntimeError, ValueError) as error:
         raise UserError(f"{path}: not readable as audio ({reason(error)})") from None
-
-
-@functools.lru_cache(maxsize=64)
-def full_scale(path, subtype, modified):
-    """1, or 32768 for a file of floats that holds 16-bit integers. A long recording is read in many
-    parts, but searched for its peak once, unless it was `modified` since."""
-    if subtype not in ("FLOAT", "DOUBLE"):
-        return 1
-    with open_audio(path) as (file, _):
-        peak = max((np.abs(block).max() for block in file.blocks(2 ** 20)), default=0)
-    return 2 ** 15 if 16 < peak <= 2 ** 15 else 1
-
-
-def to_mono(samples):
-    """(N, channels) -> (N,): the mean; the loudest channel where channels cancel each other, as in
-    stereo of opposite phase."""
-    mono = samples.mean(1)
-    power = (samples ** 2).mean(0)
-    if (mono ** 2).mean() < 0.05 * power.max():
-        return samples[:, power.argmax()].copy()
-    return mono
 
 
 def load_audio(path):
@@ -1320,23 +1262,11 @@ def replacing(path, keep=None):
             os.replace(path, keep)
         os.replace(temporary, path)
     except (OSError, RuntimeError, UnicodeError) as error:    # torch, libsndfile: RuntimeError
-        why = getattr(error, "strerror", None) or reason(error)
-        if path.parent.is_dir() and shutil.disk_usage(path.parent).free < 2 ** 20:
-            why = "the disk is full"
+        full = path.parent.is_dir() and shutil.disk_usage(path.parent).free < 2 ** 20
+        why = "the disk is full" if full else reason(error)
         raise UserError(f"{path} could not be written ({why}); the old file is kept") from None
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def check_room(path, size, purpose):
-    """Raise UserError if `size` more bytes don't fit on the disk where `path` is, or will be."""
-    path = Path(path).absolute()
-    while not path.exists():
-        path = path.parent
-    free = shutil.disk_usage(path).free
-    if size > free:
-        raise UserError(f"{path} has {free / 2 ** 30:.2f} GiB free, but {size / 2 ** 30:.2f} are "
-                        f"needed for {purpose}")
 
 
 def lock(path, wait=False):
@@ -1344,15 +1274,13 @@ def lock(path, wait=False):
     unless we `wait`."""
     file = open(path, "a")
     try:
-        import fcntl                                          # not on Windows: no lock there
+        import fcntl                                          # not on Windows
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except ImportError:
-        pass
     except BlockingIOError:
         file.close()
         return None
-    except OSError as error:
-        print(f"note: the disk of {path} has no locks ({error.strerror}); start one run at a time")
+    except (ImportError, OSError):                            # nor on some disks
+        print(f"note: {path} can't be locked here; start one run at a time")
     return file
 
 
@@ -1365,8 +1293,7 @@ def lock(path, wait=False):
 CACHE_VERSION, SHARD_SECONDS, BLOCK_SECONDS, VALIDATION_SHARE = 3, 1800, 60, 0.06
 
 
-@dataclass
-class Clip:
+class Clip(NamedTuple):
     """A recording, or up to half an hour of a long one."""
     name: str                     # its path in the source
     seconds: float
@@ -1374,15 +1301,13 @@ class Clip:
     minute: int = 0               # where in the recording it begins
 
 
-@dataclass
-class Source:
+class Source(NamedTuple):
     """Where clips come from. `contents` lists the files with their sizes and dates: when it
     changes, a new cache is made."""
-    place: str
     name: str
     contents: str
     clips: list
-    skipped: dict                 # {file: why it can't be used}
+    skipped: dict                 # {file: why it can't be used, or not whole}
 
 
 def pcm(wave):
@@ -1390,98 +1315,47 @@ def pcm(wave):
     return (wave.clamp(-1, 1) * 32767).round().short()
 
 
-def check_data(config):
-    """Raise UserError if something that `config.data` names is not there."""
-    for place in places(config.data):
-        if place == "toy" and lab("toyspeech") is None:
-            raise UserError("--data toy needs lab/toyspeech.py beside cdslm.py; or give --data a "
-                            "folder of recordings")
-        if place != "toy" and not Path(place).exists():
-            raise UserError(f"--data {place}: no such folder")
-
-
 def places(data):
-    """The folders and files that `--data` names, each once, as absolute paths; and "toy"."""
+    """The folders and files that `--data` names, each once, as absolute paths; and "toy". Raises
+    UserError if one is not there."""
     found = []
     for name in [data] if isinstance(data, str) else data:
-        if name == "toy":
-            found.append(name)
-            continue
-        if not name:
-            raise UserError("--data is empty; give it a folder of recordings")
-        name = os.path.expanduser(name)
-        names = [name] if os.path.exists(name) else sorted(glob.glob(name)) or [name]
-        found += map(os.path.realpath, names)
-    found = list(dict.fromkeys(found))
-    return [place for place in found if not set(map(str, Path(place).parents)) & set(found)]
+        if name == "toy" and lab("topics") is None:
+            raise UserError("--data toy needs lab/toyspeech.py beside cdslm.py; or give --data a "
+                            "folder of recordings")
+        path = Path(name).expanduser()
+        if name != "toy" and not (name and path.exists()):
+            raise UserError(f"--data {name}: no such folder")
+        found.append(name if name == "toy" else os.path.realpath(path))
+    inside = [place for place in found if set(map(str, Path(place).parents)) & set(found)]
+    return [place for place in dict.fromkeys(found) if place not in inside]
 
 
-def toy_source(config):
-    """The toy corpus: utterances of 20 s (conversations: 60 s), or longer where windows are, each
-    by speakers of its own."""
-    toy = lab("topics").toy_speech(config)
-    words, seconds = len(toy.languages[0].words), toy.seconds
-    while seconds < 1.25 * (config.ctx_seconds + config.gen_seconds):
-        seconds += 10
-    count = max(2, round(config.toy_hours * 3600 / seconds))
-
-    def read(number):
-        return pcm(torch.from_numpy(toy.utterance(number, seconds).wave))
-
-    clips = [Clip(f"utterance {i}", seconds, functools.partial(read, i)) for i in range(count)]
-    bits = [f"{toy.entropy_per_phone(i):.2f}" for i in range(config.toy_languages)]
-    print(f"toy speech, version {toy.version}: {words} words per language, "
-          f"{', '.join(bits)} bits per phone")
-    name = f"{toy.name}-{config.toy_languages}x{words}-{count}x{seconds:.0f}s"
-    return Source("toy", name, f"{CACHE_VERSION} {toy.version}", clips, {})
+def find_recordings(folder):
+    """Audio files under a folder, at any depth; links are followed. Each file once, and none of a
+    run folder."""
+    found = {}
+    for name in sorted(glob.glob(f"{glob.escape(folder)}/**", recursive=True)):
+        path = Path(name)
+        if path.suffix.lower() in AUDIO_FILES and path.is_file():
+            if not (path.parent / "log.jsonl").exists():
+                found.setdefault(path.resolve(), path)
+    return list(found.values())
 
 
-def find_recordings(root, skipped):
-    """Audio files under a folder, sorted; links are followed, folders of runs are left out. What
-    can't be used is noted in `skipped`."""
-    files, seen = [], set()
-
-    def closed(error):                                        # a folder that may not be read
-        skipped[printable(os.path.relpath(error.filename, root))] = error.strerror
-
-    for parent, folders, names in os.walk(root, onerror=closed, followlinks=True):
-        place = os.path.realpath(parent)
-        is_run = "config.json" in names and any(name.endswith(".pt") for name in names)
-        if place in seen or is_run:
-            folders.clear()
-            continue
-        seen.add(place)
-        folders.sort()                                        # of two links, the same one always
-        for name in folders + names:
-            path = Path(parent, name)
-            if path.suffix.lower() in AUDIO_FILES:
-                files.append(path)
-            elif path.suffix.lower() in OTHER_MEDIA:
-                skipped[printable(path.relative_to(root).as_posix())] = (
-                    "can't be read; convert it: ffmpeg -i FILE FILE.flac")
-    return sorted(files)
-
-
-def folder_source(folder):
-    """A folder of recordings, searched to any depth, or one recording. Files that can't be read are
-    `skipped`."""
-    root, clips, skipped, contents = Path(folder), [], {}, [str(CACHE_VERSION)]
+def folder_source(place):
+    """A folder of recordings, searched to any depth, or one recording, as a Source."""
+    root, clips, skipped, contents = Path(place), [], {}, [str(CACHE_VERSION)]
+    files = find_recordings(place)
     if root.is_file():
         root, files = root.parent, [root]
-    else:
-        files = find_recordings(root, skipped)
     for path in files:
-        name = printable(path.relative_to(root).as_posix())
+        name, stat = printable(path.relative_to(root).as_posix()), path.stat()
         try:
-            stat = path.stat()
-            if not path.is_file():
-                raise UserError("not a file")
-            with open_audio(path) as (file, _):
-                seconds = file.frames / file.samplerate
-            if not seconds:
-                raise UserError("contains no samples")
-            if seconds > stat.st_size:
-                raise UserError("its header promises more than it holds")
+            with open(path, "rb") as disk:
+                seconds = soundfile.info(disk).duration
+            if not 0 < seconds < stat.st_size:
+                raise UserError("it is empty, or its header is wrong")
         except Exception as error:                            # a broken file may raise anything
             skipped[name] = printable(reason(error))
             continue
@@ -1491,14 +1365,14 @@ def folder_source(folder):
             read = functools.partial(read_clip, path, start, stop, name, skipped)
             clips.append(Clip(name, stop - start, read, start // 60))
     if not clips:
-        why = f"none of its {len(files)} audio files can be read" if files else "no audio files"
-        raise UserError(f"--data {folder}: {why}; wav, flac, ogg, mp3 and others can be used")
+        raise UserError(f"--data {place}: none of {len(files)} audio files can be read; wav, flac, "
+                        "ogg, mp3 and others can be used")
 
     # Short clips of a folder lie in the order of their hash: those for validation are neighbours.
     clips.sort(key=lambda clip: (os.path.dirname(clip.name), clip.seconds < BLOCK_SECONDS and
                                  uniform(0, clip.name, 0), clip.name))
-    short = re.sub(r"[^A-Za-z0-9]", "-", Path(folder).name)
-    return Source(str(folder), short, "\n".join(contents), clips, skipped)
+    short = re.sub(r"[^A-Za-z0-9]", "-", Path(place).name)
+    return Source(short, "\n".join(contents), clips, skipped)
 
 
 def read_clip(path, start, stop, name, skipped):
@@ -1514,56 +1388,31 @@ def read_clip(path, start, stop, name, skipped):
 
 def cache_root():
     """Where corpora are cached: $CDSLM_CACHE, or ~/.cache/cdslm."""
-    try:
-        return Path(os.environ.get("CDSLM_CACHE") or Path.home() / ".cache" / "cdslm")
-    except RuntimeError:
-        raise UserError("there is no home folder for the cache; set CDSLM_CACHE to a folder that "
-                        "can be written") from None
+    return Path(os.environ.get("CDSLM_CACHE") or Path.home() / ".cache" / "cdslm")
 
 
 def build_cache(source):
-    """Cache all clips of a source and return the open shards. A shard is complete once its .json is
+    """Cache the clips of a source and return the open shards. A shard is complete once its .json is
     there, so an interrupted build goes on where it stopped. A complete shard never changes."""
     folder = cache_root() / f"{source.name}-{fingerprint(source.contents)}"
-    try:
-        if not folder.exists():
-            for old in sorted(cache_root().glob(f"{source.name}-*/place")):
-                if old.read_text(encoding="utf-8") == printable(source.place):
-                    print(f"{source.place} has changed since it was cached; its old cache "
-                          f"{old.parent} can be deleted if no run uses it")
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "place").write_text(printable(source.place), encoding="utf-8")
-        return fill_cache(source, folder)
-    except OSError as error:
-        raise UserError(f"cache {folder}: {error.strerror}; set CDSLM_CACHE to a folder that can "
-                        "be written") from None
-
-
-def fill_cache(source, folder):
-    """Write the shards that are not there yet, and open all."""
-    # Which clips belong to which shard.
-    plan, total = {}, 0.0
+    plan, total = {}, 0.0                                     # which clips belong to which shard
     for clip in source.clips:
         total += clip.seconds
         plan.setdefault(folder / f"{int(total / SHARD_SECONDS):05d}", []).append(clip)
+    shards = [open_shard(stem) for stem in plan]
+    if all(shards):
+        return shards
 
-    shards = {stem: open_shard(stem) for stem in plan}
-    if not all(shards.values()):
-        with lock(folder / ".lock", wait=True):               # another process may be at work
-            shards = {stem: open_shard(stem) for stem in plan}
-            missing = {stem: clips for stem, clips in plan.items() if not shards[stem]}
-            seconds = sum(clip.seconds for clips in missing.values() for clip in clips)
-            check_room(folder, seconds * (2 * RATE + 2 * MELS * FRAME_RATE),
-                       "the cache; CDSLM_CACHE moves it")
-            with (tqdm(total=round(seconds), desc="caching speech", unit="s") as bar,
-                  ThreadPoolExecutor(os.cpu_count()) as pool):
-                for stem, clips in missing.items():
-                    if Path(f"{stem}.json").exists():
-                        print(f"warning: {stem} in the cache is damaged; making it again")
-                    build_shard(stem, source, clips, pool)
-                    bar.update(round(sum(clip.seconds for clip in clips)))
-                    shards[stem] = open_shard(stem)
-    return list(shards.values())
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with lock(folder / ".lock", wait=True), ThreadPoolExecutor(os.cpu_count()) as pool:
+            missing = [stem for stem in plan if not open_shard(stem)]         # still
+            for stem in tqdm(missing, desc=f"caching speech in {folder}", unit="half hour"):
+                build_shard(stem, source, plan[stem], pool)
+    except OSError as error:
+        raise UserError(f"cache {folder}: {error.strerror}; set CDSLM_CACHE to a folder that can "
+                        "be written") from None
+    return [open_shard(stem) for stem in plan]
 
 
 def build_shard(stem, source, clips, pool):
@@ -1580,45 +1429,32 @@ def build_shard(stem, source, clips, pool):
         return mel[(start - first) // HOP:][:60 * FRAME_RATE].half().numpy()
 
     waves = list(pool.map(samples, clips))
-    lengths = [len(wave) // HOP for wave in waves]
+    contents = {"clips": [[clip.name, clip.minute, len(wave) // HOP]
+                          for clip, wave in zip(clips, waves)],
+                "skipped": source.skipped}
     audio = np.concatenate(waves)
     del waves                                                 # hold a long recording only once
-    minutes = list(pool.map(frames, range(0, len(audio), 60 * RATE)))
-    mel = np.concatenate(minutes) if minutes else np.zeros((0, MELS), np.float16)
+    minutes = pool.map(frames, range(0, len(audio), 60 * RATE))
+    mel = np.concatenate([np.zeros((0, MELS), np.float16), *minutes])
 
-    contents = {"clips": [[c.name, c.minute, length] for c, length in zip(clips, lengths)],
-                "skipped": dict(source.skipped)}
     for kind, array in (("audio", audio), ("mel", mel)):
         with replacing(f"{stem}.{kind}.npy") as temporary, open(temporary, "wb") as file:
             np.save(file, array, allow_pickle=False)
-    contents["seal"] = seal(contents, audio, mel)
     with replacing(f"{stem}.json") as temporary:
         temporary.write_text(json.dumps(contents))
 
 
-def seal(contents, audio, mel):
-    """A hash of a shard's contents, its arrays' types and shapes, and 64 frames of each."""
-    text = f"{contents['clips']} {contents['skipped']}"
-    for array in (audio.reshape(-1, HOP), mel.reshape(-1, MELS)):
-        spread = array[::len(array) // 64 + 1]
-        text += f" {array.dtype.str} {array.shape} {spread.tobytes()}"
-    return fingerprint(text)
-
-
 def open_shard(stem):
-    """A shard: its contents, and its arrays mapped from the disk. None if it isn't there, or isn't
-    as it was written."""
+    """A shard: its contents, and its arrays mapped from the disk. None if it isn't there, or is
+    damaged."""
     try:
         shard = json.loads(Path(f"{stem}.json").read_text())
         for kind in ("audio", "mel"):
             shard[kind] = np.load(f"{stem}.{kind}.npy", mmap_mode="r", allow_pickle=False)
-        if seal(shard, shard["audio"], shard["mel"]) == shard["seal"]:
+        frames = sum(length for _, _, length in shard["clips"])
+        if shard["audio"].shape == (frames * HOP,) and shard["mel"].shape == (frames, MELS):
             return shard
-    except FileNotFoundError:
-        pass
-    except OSError:                                           # a failing disk is not a damaged file
-        raise
-    except Exception:                                         # damage may raise anything
+    except (FileNotFoundError, EOFError, ValueError, TypeError, KeyError, RecursionError):
         pass
     return None
 
@@ -1629,10 +1465,8 @@ class Corpus:
 
     def __init__(self, shards, window, contents=""):
         self.shards, self.window, self.contents = shards, window, contents
-        self.skipped = {}
         clips = []
         for number, shard in enumerate(shards):
-            self.skipped |= shard["skipped"]
             start = 0
             for name, minute, frames in shard["clips"]:
                 clips.append((name, minute, number, start, frames))
@@ -1652,7 +1486,6 @@ class Corpus:
     def windows(self, kind, split, keys, frames):
         """Windows, float32: "mel" (len(keys), frames, 80) or "audio" (len(keys), 300 * frames)."""
         runs, ends = self.runs[split], self.ends(split, frames)
-
         hop, windows = {"mel": 1, "audio": HOP}[kind], []
         for key in keys:
             place = key % int(ends[-1])                       # among all starts of all runs
@@ -1721,28 +1554,21 @@ def join(blocks, limit):
 
 def open_corpus(config):
     """Build or find the cache of each of `config.data` and return the Corpus of all."""
-    check_data(config)
-    sources = [toy_source(config) if name == "toy" else folder_source(name)
-               for name in places(config.data)]
-    window = config.ctx_frames + config.gen_frames
-
-    # Is there enough speech, as far as file headers tell?
-    clips = [clip for source in sources for clip in source.clips]
-    frames = [int(clip.seconds * FRAME_RATE) for clip in clips]
-    starts = np.cumsum([0, *frames])
-    split([(c.name, c.minute, 0, s, n) for c, s, n in zip(clips, starts, frames)], window)
-
+    sources = [lab("topics").toy_source(config) if place == "toy" else folder_source(place)
+               for place in places(config.data)]
     contents = fingerprint(" ".join(fingerprint(source.contents) for source in sources))
     shards = [shard for source in sources for shard in build_cache(source)]
-    corpus = Corpus(shards, window, contents)
-    for source in sources:
-        corpus.skipped |= source.skipped
+    corpus = Corpus(shards, config.ctx_frames + config.gen_frames, contents)
+
+    corpus.skipped = {}
+    for notes in [*(shard["skipped"] for shard in shards), *(source.skipped for source in sources)]:
+        corpus.skipped |= notes
     if corpus.skipped:
         named = [f"{name} ({why})" for name, why in list(corpus.skipped.items())[:5]]
-        more = "; ..." if len(corpus.skipped) > 5 else ""
-        print(f"{len(corpus.skipped)} files can't be used, or not whole: {'; '.join(named)}{more}")
+        print(f"{len(corpus.skipped)} files can't be used, or not whole: {'; '.join(named)}. "
+              "Convert them: ffmpeg -i FILE FILE.flac")
     train, valid = corpus.hours("train"), corpus.hours("valid")
-    unused = sum(len(shard["mel"]) for shard in corpus.shards) / FRAME_RATE / 3600 - train - valid
+    unused = sum(len(shard["mel"]) for shard in shards) / FRAME_RATE / 3600 - train - valid
     print(f"{train:.2f} hours of speech for training, {valid:.2f} for validation"
           + (f", {unused:.2f} in pieces shorter than a window" if unused > 0.005 else "")
           + f"; {corpus.mel_stats()[2]} of {MELS} mel bands are alive")
@@ -1756,7 +1582,6 @@ def open_corpus(config):
 CHECKPOINTS = "checkpoint.pt", "checkpoint.previous.pt", "trunk.pt"           # the newest first
 MAY_CHANGE = {"out", "steps", "minutes", "micro_batch", "eval_every", "device", "dtype", "compile",
               "parallel", "checkpoint_activations", "sampling"}       # when a run is resumed
-OLD_FIELDS = {"print_params", "dry_run", "devices", "tflops", "json"}         # of earlier versions
 
 
 def save(path, **contents):
@@ -1768,56 +1593,45 @@ def save(path, **contents):
 def load(path, mmap=False):
     """What `save` wrote; `mmap` reads only what is used. Raises UserError if the file is damaged or
     not a cdslm checkpoint."""
+    if not path.exists():
+        raise UserError(f"{path}: no such file")
     try:
         with zipfile.ZipFile(path) as file:
             damaged = file.testzip()                          # torch does not check the checksums
         contents = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         if contents.get("format") == "cdslm 1" and not damaged:
             return contents
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
     except Exception:                                         # torch raises many types of errors
         pass
     raise UserError(f"{path}: damaged, or not a cdslm checkpoint")
 
 
-def read_checkpoints(folder, mmap=False):
+def checkpoints(folder):
     """Yield the readable checkpoints of a run, the newest first; warn of the others. Raises
     UserError if there are some but none is readable."""
-    names = [name for name in CHECKPOINTS if (folder / name).exists()]
-    if names and names[0] != CHECKPOINTS[0]:
-        print(f"warning: {folder}/{CHECKPOINTS[0]} is missing; trying {names[0]}")
-    readable = False
-    for name in names:
+    paths = [folder / name for name in CHECKPOINTS if (folder / name).exists()]
+    readable = 0
+    for path in paths:
         try:
-            found = load(folder / name, mmap)
+            found = load(path, mmap=True)
         except UserError as error:
             print(f"warning: {error}; trying the one before")
             continue
-        readable = True
-        yield name, found
-    if names and not readable:
+        readable += 1
+        yield found
+    if paths and not readable:
         raise UserError(f"{folder}: none of its checkpoints can be read")
-
-
-def newest(folder):
-    """The newest readable checkpoint of a run; None if it has none yet."""
-    return next((found for _, found in read_checkpoints(folder, mmap=True)), None)
 
 
 def resume_point(folder, config):
     """The newest checkpoint from which a run of `config.steps` can go on; None for a new run. A run
     whose learning rate has already decayed, to fewer steps, goes back to the trunk."""
-    latest, steps, fits = folder / CHECKPOINTS[0], [], []
-    for name, found in read_checkpoints(folder):              # read one by one: they may be large
-        if not steps and name != latest.name and latest.exists():
-            os.replace(latest, f"{latest}.damaged")           # so that no save makes it "previous"
-        if found["steps"] == config.steps:
-            return found
-        steps.append(found["step"])
+    steps, fits = [], []
+    for found in checkpoints(folder):
         limit = config.steps
-        if config.lr_schedule == "wsd":
+        if config.lr_schedule == "wsd" and found["steps"] != config.steps:
             limit = decay_start(min(config.steps, found["steps"]))
+        steps.append(found["step"])
         if found["step"] <= limit:
             fits.append(found)
     if steps and not fits:
@@ -1840,16 +1654,14 @@ def method_fingerprint(path=__file__):
 
 
 def check_out(config):
-    """Raise UserError unless the run folder is new, or of this configuration and method, with
-    room for four checkpoints. A run that was shortened to fit `minutes` stays as short."""
+    """Raise UserError unless the run folder is new, or of this configuration and method. A run that
+    was shortened to fit `minutes` stays as short."""
     folder = Path(config.out)
     if not config.out.isprintable():                          # torch opens no such file
         raise UserError(f"--out {folder}: its name is not valid UTF-8; choose another")
     if (folder / "config.json").exists():
         saved, code = read_config(folder), read_json(folder / "config.json").get("method", "")
         old, new = dataclasses.asdict(saved), dataclasses.asdict(config)
-        if places(saved.data) == places(config.data):         # one place may have several names
-            old["data"] = new["data"]
         differ = [f"{name} {old[name]} -> {new[name]}" for name in new
                   if name not in MAY_CHANGE and old[name] != new[name]]
         if differ:
@@ -1864,9 +1676,6 @@ def check_out(config):
     elif foreign := [*folder.glob("log.jsonl"), *folder.glob("[1-4]_*.wav")]:
         raise UserError(f"--out {folder} holds {foreign[0].name}, but no config.json of a run; "
                         "choose another --out")
-    there = sum(path.stat().st_size for path in folder.glob("*.pt"))
-    size = 4 * 16 * count(config)["parameters"] - there
-    check_room(folder, size, "its checkpoints; choose another --out")
 
 
 def claim(config):
@@ -1883,38 +1692,32 @@ def claim(config):
 
 
 def read_json(path):
-    """The dictionary in a JSON file. Raises UserError if there is none."""
+    """The dictionary in a JSON file of a run folder. Raises UserError if there is none."""
+    folder = path.parent
+    if folder.is_file():
+        raise UserError(f"{folder} is a file; give the run folder that it is in")
+    if not path.exists():
+        raise UserError(f"{folder}: no run there; train one with: python cdslm.py --size tiny "
+                        f"--out {shlex.quote(str(folder))}")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        folder = shlex.quote(str(path.parent))
-        if path.parent.is_file():
-            raise UserError(f"{path.parent} is a file; give the run folder that it is in") from None
-        raise UserError(f"{path.parent}: no run there; train one with: python cdslm.py --size tiny "
-                        f"--out {folder}") from None
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: damaged, or not a run's configuration")
-    return found
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError):
+        raise UserError(f"{path}: damaged, or not a run's configuration") from None
 
 
 def read_config(folder):
-    """The Config of a run folder."""
+    """The Config of a run folder; fields that only other versions know are left out."""
     path = Path(folder) / "config.json"
-    fields = {name: value for name, value in read_json(path).items()
-              if name not in OLD_FIELDS | {"method", "speech"}}
+    known = {f.name for f in dataclasses.fields(Config)}
     try:
-        return Config(**fields)
+        return Config(**{name: value for name, value in read_json(path).items() if name in known})
     except TypeError:
         raise UserError(f"{path}: damaged, or not a run's configuration") from None
 
 
 def write_config(folder, config, speech=""):
-    """Write config.json, with absolute paths and the fingerprints of the method and the speech."""
+    """Write config.json, with the fingerprints of the method and of the speech."""
     contents = dataclasses.asdict(config) | {"method": method_fingerprint(), "speech": speech}
-    if config.data != "toy":
-        contents["data"] = places(config.data)
     with replacing(Path(folder) / "config.json") as temporary:
         temporary.write_text(json.dumps(contents, indent=2) + "\n")
 
@@ -1924,7 +1727,7 @@ def load_run(folder, device="cpu", network=MMDiT):
     Raises UserError if there is no run, or its files do not belong together."""
     folder, config = Path(folder), read_config(folder)
     device, dtype = decide(dataclasses.replace(config, device=str(device)))
-    checkpoint = newest(folder)
+    checkpoint = next(checkpoints(folder), None)
     if checkpoint is None:
         raise UserError(f"{folder}: no checkpoint yet")
 
@@ -1948,10 +1751,6 @@ def load_run(folder, device="cpu", network=MMDiT):
 # 13. Devices: one of any kind, or many under torchrun, which starts this program once per device.
 # Each process is a rank and computes its share of every batch; rank 0 writes.
 
-WAIT = 10                                         # seconds, before it says that it waits
-ISA_WITHOUT_BF16 = set("SSE41 AVX AVX2 AVX2_VNNI AVX2_VNNI_2 AVX512_CORE AVX512_CORE_VNNI".split())
-
-
 def decide(config):
     """(device, dtype) from flags and machine. Raises UserError if the device isn't there."""
     name = config.device
@@ -1962,10 +1761,6 @@ def decide(config):
         if torch.cuda.is_available():
             name = "cuda"
     if name == "cuda":
-        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        if local_ranks > torch.cuda.device_count():
-            raise UserError(f"--nproc_per_node={local_ranks}, but there are "
-                            f"{torch.cuda.device_count()} GPUs")
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(name)
@@ -1981,28 +1776,21 @@ def decide(config):
 
 
 def multiplies_bf16(device):
-    """Whether the device multiplies bf16 in hardware. On a CPU, torch and oneDNN may be limited to
-    older instruction sets; emulating bf16 there is 30 times slower than float32."""
+    """Whether the device multiplies bf16 in hardware; a CPU that emulates it takes 30 times as long
+    as in float32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
-    if device.type != "cpu" or torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2"):
-        return False
-    if os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in ISA_WITHOUT_BF16:
-        return False
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return device.type == "cpu" and has_bf16
 
 
 def ranks():
-    """This process's rank and the number of ranks; 0 and 1 without torchrun."""
-    if not launched_together():
+    """This process's rank and the number of ranks, from the variables that torchrun sets, all of
+    which must be there; 0 and 1 without it."""
+    needed = "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
+    if not all(os.environ.get(name) for name in needed):
         return 0, 1
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-
-
-def launched_together():
-    """Whether torchrun started this process. A variable that is left over alone does not count."""
-    needed = "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
-    return all(os.environ.get(name) for name in needed)
 
 
 def check_division(config, count):
@@ -2012,32 +1800,15 @@ def check_division(config, count):
                         f"and forward passes of {config.micro_batch or 1} windows")
 
 
-def check_launch(config):
-    """Raise UserError if the flags don't suit the number of processes."""
-    if config.parallel == "fsdp" and not launched_together():
-        raise UserError("--parallel fsdp is for many devices: torchrun --nproc_per_node=8 cdslm.py "
-                        "--parallel fsdp ...")
-    if config.parallel == "fsdp" and config.optimizer == "muon":
-        raise UserError("--parallel fsdp needs --optimizer adamw: Muon updates whole matrices, not "
-                        "shards of them")
-    check_division(config, ranks()[1])
-
-
 @contextlib.contextmanager
 def together():
     """Under torchrun, connect to the other ranks. If one of them is lost, the others soon stop with
     a UserError. Yields the rank."""
     rank, size = ranks()
-    if not launched_together():
+    if size == 1:
         yield rank
         return
-    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    waiting = threading.Timer(WAIT, print, kwargs=dict(flush=True), args=[
-        f"rank {rank} of {size} waits for the others at {where}; if none were started, unset RANK"])
-    waiting.daemon = True
-    waiting.start()
-    dist.init_process_group(timeout=datetime.timedelta(minutes=30))   # a checkpoint may take long
-    waiting.cancel()
+    dist.init_process_group(timeout=datetime.timedelta(days=1))       # caching may take long
     if rank:
         sys.stdout = open(os.devnull, "w")
     try:
@@ -2050,125 +1821,40 @@ def together():
     dist.destroy_process_group()
 
 
-@contextlib.contextmanager
-def rank_0_first():
-    """Rank 0 runs the block alone, however long it takes; then the others do."""
-    patient = None
-    if dist.is_initialized():
-        patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
-    if ranks()[0]:
-        dist.barrier(patient)
-    yield
-    if patient and ranks()[0] == 0:
-        dist.barrier(patient)
-
-
 class ManyDevices(OneDevice):
-    """DDP or FSDP2 over the ranks of a process group. `asks()` tells what this rank asks for, a
-    list of bools; after each step `asked` tells what any rank did."""
+    """DDP or FSDP2 over the ranks of a process group."""
 
-    def __init__(self, device, dtype, asks):
+    def __init__(self, device, dtype):
         super().__init__(device, dtype)
         self.rank, self.ranks = ranks()
-        self.asks, self.asked = asks, asks()
 
     def exchange(self, network, last):
-        if hasattr(network, "set_requires_gradient_sync"):                    # FSDP2
-            network.set_requires_gradient_sync(last)
-        elif not last:                                        # DDP exchanges after the last pass
-            return network.no_sync()
-        return contextlib.nullcontext()
+        if last:                                              # gradients are exchanged after it
+            return contextlib.nullcontext()
+        return network.no_sync()
 
     def total(self, value):
-        packed = torch.cat([value[None], value.new_tensor(self.asks())])
-        dist.all_reduce(packed)
-        self.asked = packed[1:].bool().tolist()
-        return packed[0]
-
-
-def shard(model, device, dtype):
-    """A copy of a model, in shards over all ranks, with rank 0's weights. Blocks are gathered when
-    they are needed, in `dtype`; gradients are averaged and weights updated in float32."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module") # nothing writes into its output
-    policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
-    with torch.device("meta"):
-        sharded = type(model)(model.config)
-    for part in [*sharded.blocks, sharded]:
-        fully_shard(part, mp_policy=policy, reshard_after_forward=True)
-    sharded.to_empty(device=device)
-    weights = {} if ranks()[0] else model.state_dict()
-    state_dicts().set_model_state_dict(sharded, weights, options=from_rank_0())
-    return sharded
-
-
-def state_dicts():
-    """torch's tools for state dicts over many devices. Half a second to import: not for --help."""
-    from torch.distributed.checkpoint import state_dict
-    return state_dict
-
-
-def from_rank_0():
-    """Options for loading full state dicts: rank 0 has them and sends each rank its part."""
-    broadcast = dist.is_initialized()
-    return state_dicts().StateDictOptions(full_state_dict=True, broadcast_from_rank0=broadcast)
-
-
-def compiled(network, device):
-    """torch.compile the network where that works; elsewhere say why not, and go on without."""
-    try:
-        torch.compile(F.gelu)(torch.ones(8, device=device))
-        return torch.compile(network)
-    except Exception as error:                                # each platform has its own errors
-        print(f"--compile does not work here ({reason(error)}); going on without")
-        return network
+        dist.all_reduce(value)
+        return value
 
 
 @contextlib.contextmanager
 def interruptible(signals):
-    """Ctrl-C, SIGTERM and SIGUSR1 (of a batch system) are only noted in `signals`.
-    `ManyDevices.total` tells all ranks after the step; `train_loop` then saves a checkpoint and
-    ends. A second signal stops at once. But torchrun may send a rank the same signal twice, so
-    there all signals within ten seconds count as one."""
-    before, first = {}, []
-
+    """Ctrl-C, SIGTERM and SIGUSR1 (of a batch system) are noted in `signals`; the training loop
+    then saves a checkpoint and ends. A second one stops at once, but not under torchrun, which
+    may send the same signal twice."""
     def note(number, frame):
         signals.append(number)
-        first.append(time.monotonic())
-        grace = 10 if launched_together() else 0
-        if len(first) > 1 and time.monotonic() - first[0] >= grace:
+        if len(signals) > 1 and not dist.is_initialized():
             raise KeyboardInterrupt(number)
 
-    numbers = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGUSR1")]
-    if threading.current_thread() is threading.main_thread():     # elsewhere there are no signals
-        for number in filter(None, numbers):
-            before[number] = signal.signal(number, note)
+    numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM)}
+    before = {number: signal.signal(number, note) for number in numbers}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def prefetch(read, order):
-    """Yield read(*item) for each item; a thread already reads the next one."""
-    with ThreadPoolExecutor(1) as thread:
-        coming = None
-        for item in order:
-            following = thread.submit(read, *item)
-            if coming:
-                yield coming.result()
-            coming = following
-
-
-def keep_memory():
-    """Have Linux's malloc keep what is freed instead of returning it to the system, from where it
-    would be fetched anew at each step: a step of `tiny` takes a tenth less."""
-    with contextlib.suppress(OSError, AttributeError):        # other systems have no glibc
-        mallopt, trim_threshold, mmap_threshold = ctypes.CDLL("libc.so.6").mallopt, -1, -3
-        mallopt(trim_threshold, 2 ** 30)
-        if not mallopt(mmap_threshold, 2 ** 30):
-            mallopt(mmap_threshold, 2 ** 25)                  # the most that old versions allow
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2188,13 +1874,7 @@ def fit_autoencoder(config, corpus, device, dtype=torch.float32):
     model.mel_stats.copy_(torch.tensor(corpus.mel_stats()[:2]))
     model.to(device)
     if config.latent_dim:
-        train_part(model, model.bottleneck_loss, "bottleneck", 4 * config.decoder_steps, config,
-                   corpus, dtype)
-        keys = [keyed(config.seed, "latents", i) for i in range(256)]
-        mel = torch.from_numpy(corpus.windows("mel", "train", keys, 48)).to(device)
-        with torch.no_grad():
-            latents = model.from_mel(mel)
-        model.latent_stats.copy_(torch.stack([latents.mean((0, 1)), latents.std((0, 1))]))
+        lab("latents").fit(model, config, corpus, dtype)
     if config.decoder == "neural":
         train_part(model, model.decoder_loss, "decoder", config.decoder_steps, config, corpus,
                    dtype)
@@ -2227,8 +1907,7 @@ def open_autoencoder(config, corpus, device, dtype=torch.float32):
         place = torch.device("cpu") if device.type == "mps" else device    # complex STFT
         model = fit_autoencoder(config, corpus, place, dtype)
         keys = [keyed(0, "example", i) for i in range(8)]
-        window = config.ctx_frames + config.gen_frames
-        examples = corpus.windows("audio", "valid", keys, window)
+        examples = corpus.windows("audio", "valid", keys, corpus.window)
         examples = torch.from_numpy(examples * 32767).short()
         save(path, autoencoder=model.state_dict(), examples=examples)
     model = AudioAutoencoder(config.latent_dim, config.decoder)
@@ -2241,8 +1920,8 @@ def open_autoencoder(config, corpus, device, dtype=torch.float32):
 
 def count(config):
     """Parameters; tokens per window; FLOPs of training on a window (2 per multiply-add, backward
-    twice forward, nothing is passed back to the input); and of a self-conditioning pass, of which
-    "flops" holds its share."""
+    twice forward, nothing is passed back to the input), and of a forward pass. "flops" holds the
+    mean share of self-conditioning."""
     d, L = config.width, config.depth
     token = config.patch_size * config.channels
     ctx = config.ctx_frames // config.patch_size
@@ -2254,12 +1933,11 @@ def count(config):
     inner = blocks + adaln + token * d * gen
     forward = 2 * (enter + inner)
     estimate = 2 * token * d * gen if config.self_condition else 0
-    guess = forward + 2 * estimate
+    guess = config.self_condition * (forward + 2 * estimate)
     with torch.device("meta"):
         parameters = sum(p.numel() for p in MMDiT(config).parameters())
     return {"parameters": parameters, "tokens": ctx + gen,
-            "flops": 4 * enter + 6 * inner + config.self_condition * guess,
-            "flops_guess": guess, "flops_forward": forward + estimate}
+            "flops": 4 * enter + 6 * inner + guess, "flops_forward": forward + estimate}
 
 
 class Trainer:
@@ -2267,74 +1945,56 @@ class Trainer:
 
     def __init__(self, config, corpus, autoencoder, device, dtype, network=MMDiT):
         self.config, self.corpus, self.autoencoder = config, corpus, autoencoder
-        self.signals = []                                     # that asked this process to stop
-        self.saved = time.monotonic()                         # when the last checkpoint was
-        if dist.is_initialized():
-            self.hardware = ManyDevices(device, dtype, self.asks)
-        else:
-            self.hardware = OneDevice(device, dtype)
+        hardware = ManyDevices if dist.is_initialized() else OneDevice
+        self.hardware = hardware(device, dtype)
         self.device, self.rank = device, self.hardware.rank
 
         # `model` holds the weights; `network` is the same, as DDP or compile wraps it.
         torch.manual_seed(config.seed)
-        sharded = config.parallel == "fsdp"
-        with torch.device("meta" if sharded and self.rank else "cpu"):
-            model = network(config)
-        model.silence.copy_(autoencoder.silence())
-        if sharded:
-            self.model = self.network = shard(model, device, dtype)
-            self.ema = shard(model, device, dtype)
+        if config.parallel == "fsdp":
+            self.model, self.ema = lab("fsdp").shards(config, autoencoder, device, dtype)
         else:
-            self.ema = copy.deepcopy(model).to(device)
-            self.model = self.network = model.to(device)
-            if dist.is_initialized():
-                # Weights that only self-conditioning uses have no gradient in the other steps.
-                self.network = DistributedDataParallel(
-                    self.model, gradient_as_bucket_view=True,
-                    find_unused_parameters=config.self_condition > 0)
+            model = network(config)
+            model.silence.copy_(autoencoder.silence())
+            self.model, self.ema = model.to(device), copy.deepcopy(model).to(device)
         self.ema.eval().requires_grad_(False)
+        self.network = self.model
+        if dist.is_initialized() and config.parallel == "ddp":
+            # Weights that only self-conditioning uses have no gradient in the other steps.
+            self.network = DistributedDataParallel(
+                self.model, gradient_as_bucket_view=True,
+                find_unused_parameters=config.self_condition > 0)
         if config.compile:
-            self.network = compiled(self.network, device)
+            torch._dynamo.config.suppress_errors = True       # where it fails, go on without
+            self.network = torch.compile(self.network)
 
         self.diffusion = Diffusion(config)
         self.optimizers = make_optimizers(self.model, config, dtype)
         self.size, self.hours, self.batches = count(config), corpus.hours("train"), None
-        self.done = self.guessed = 0                          # steps; those with self-conditioning
+        self.done = 0                                         # steps
         self.skipped = self.failed = 0                        # not finite: in all, and in a row
-
-    def asks(self):
-        """Whether this rank asks to stop, and for a checkpoint."""
-        return [bool(self.signals), time.monotonic() - self.saved > SAVE_SECONDS]
-
-    @property
-    def asked(self):
-        """Whether any rank asks to stop, and for a checkpoint, as of the last step."""
-        return self.hardware.asked if dist.is_initialized() else self.asks()
-
-    @property
-    def stopping(self):
-        """Whether any rank asks to stop."""
-        return self.asked[0]
+        self.signals, self.saved = [], time.monotonic()       # when the last checkpoint was
+        self.stopping = self.late = False                     # of any rank: a signal; too long
 
     def read(self, step, positions):
-        """Log-mel windows (b, T, 80) and noise (b, Tg, C) of a micro-batch."""
-        config, first = self.config, step * self.config.batch_size
-        frames = config.ctx_frames + config.gen_frames
-        keys = [keyed(config.seed, "window", first + i) for i in positions]
-        mel = torch.from_numpy(self.corpus.windows("mel", "train", keys, frames))
-        shape = config.gen_frames, config.channels
-        eps = [keyed_noise(config.seed, "noise", first + i, shape, self.device) for i in positions]
-        return mel, torch.stack(eps)
+        """Log-mel windows (b, T, 80) of a micro-batch."""
+        first = step * self.config.batch_size
+        keys = [keyed(self.config.seed, "window", first + i) for i in positions]
+        return torch.from_numpy(self.corpus.windows("mel", "train", keys, self.corpus.window))
 
     def micro_batches(self):
-        """Yield ctx (b, Tc, C), x0 (b, Tg, C), eps like x0, from the next step on, without end."""
-        parts = self.hardware.micro_batches(self.config)
+        """Yield ctx (b, Tc, C), x0 (b, Tg, C), eps like x0, from the next step on, without end.
+        While one is trained on, a thread reads the windows of the next."""
+        config, parts = self.config, self.hardware.micro_batches(self.config)
         order = ((step, part) for step in itertools.count(self.done) for part in parts)
-        batches = prefetch(self.read, order)
-        if self.device.type == "mps":                         # one thread only, there
-            batches = itertools.starmap(self.read, order)
-        for mel, eps in batches:
-            yield *self.frames(mel), eps
+        with ThreadPoolExecutor(1) as thread:
+            coming = thread.submit(self.read, self.done, parts[0])
+            for (step, part), following in itertools.pairwise(order):
+                mel, coming = coming.result(), thread.submit(self.read, *following)
+                ctx, x0 = self.frames(mel)
+                eps = [keyed_noise(config.seed, "noise", step * config.batch_size + i,
+                                   x0.shape[1:], self.device) for i in part]
+                yield ctx, x0, torch.stack(eps)
 
     def frames(self, mel):
         """Log-mel windows (b, T, 80) -> context (b, Tc, C) and continuation (b, Tg, C)."""
@@ -2358,18 +2018,17 @@ class Trainer:
                             "training has diverged. Try a lower --lr or --muon-lr, or --dtype "
                             "fp32, in another --out")
 
-        self.guessed += self_conditions(config, self.done)
         lr = config.lr * lr_factor(config, self.done)
         self.done += 1
+        late = time.monotonic() - self.saved > SAVE_SECONDS
+        asked = self.hardware.total(torch.tensor([len(self.signals), late], device=self.device))
+        self.stopping, self.late = (asked > 0).tolist()
         windows = self.done * config.batch_size
-        hours = windows * (config.ctx_frames + config.gen_frames) / FRAME_RATE / 3600
-        # Self-conditioning passes are counted as they were drawn.
-        surplus = self.guessed - config.self_condition * self.done
-        flops = windows * self.size["flops"]
-        flops += config.batch_size * surplus * self.size["flops_guess"]
+        hours = windows * self.corpus.window / FRAME_RATE / 3600
         return {"step": self.done, "loss": loss, "gradient": norm, "lr": lr,
-                "skipped": self.skipped, "tokens": windows * self.size["tokens"], "flops": flops,
-                "hours": hours, "epochs": hours / self.hours}
+                "skipped": self.skipped, "tokens": windows * self.size["tokens"],
+                "flops": windows * self.size["flops"], "hours": hours,
+                "epochs": hours / self.hours}
 
     @torch.no_grad()
     def validate(self, number=VALIDATION_WINDOWS):
@@ -2377,17 +2036,12 @@ class Trainer:
         self-conditioning, on fixed held-out windows and noise: {log-SNR: loss} at ten angles, and
         their mean. It does not depend on the schedule or on the weight of the training loss, so
         the validation losses of two runs can be compared."""
-        config, hardware = self.config, self.hardware
-        # The same number for each rank; what is beyond `number` is not counted.
-        mine = range(self.rank, -(-number // hardware.ranks) * hardware.ranks, hardware.ranks)
-        keys = [keyed(0, "validation", i) for i in mine]
-        window = config.ctx_frames + config.gen_frames
-        mel = torch.from_numpy(self.corpus.windows("mel", "valid", keys, window))
+        keys = [keyed(0, "validation", i) for i in range(number)]
+        mel = torch.from_numpy(self.corpus.windows("mel", "valid", keys, self.corpus.window))
         ctx, x0 = self.frames(mel)
         eps = torch.stack([keyed_noise(0, "validation", i, x0.shape[1:], self.device)
-                           for i in mine])
-        counted = len(range(self.rank, number, hardware.ranks))
-        size = config.micro_batch or config.batch_size // hardware.ranks
+                           for i in range(number)])
+        size = self.config.micro_batch or self.config.batch_size // self.hardware.ranks
 
         losses = []
         for angle in ANGLES:
@@ -2396,23 +2050,21 @@ class Trainer:
                 phi = torch.full((len(x),), angle, device=self.device)
                 phi_b = phi[:, None, None]
                 xt = phi_b.cos() * x + phi_b.sin() * e
-                with autocast(self.device, hardware.dtype):
+                with autocast(self.device, self.hardware.dtype):
                     prediction = self.ema(xt, phi, c).float()
                 estimate = self.diffusion.clean(prediction, xt, phi_b)
                 weight = (phi_b.tan() ** -2).clamp(max=5)
                 errors.append((weight * (estimate - x) ** 2).mean((1, 2)))
-            losses.append(torch.cat(errors)[:counted].sum() / number)
+            losses.append(torch.cat(errors).mean())
         losses = torch.stack(losses)
-        if dist.is_initialized():
-            dist.all_reduce(losses)
         names = [f"{-2 * math.log(math.tan(angle)):.1f}" for angle in ANGLES]
         return {"mean": losses.mean().item()} | dict(zip(names, losses.tolist()))
 
     def save(self, path):
         """Write a checkpoint: full state dicts, gathered in rank 0's memory: the same for any
         number of ranks."""
+        from torch.distributed.checkpoint import state_dict as tools          # slow to import
         self.saved = time.monotonic()
-        tools = state_dicts()
         options = tools.StateDictOptions(full_state_dict=True, cpu_offload=True)
         optimizer = tools.get_optimizer_state_dict(self.model, self.optimizers, options=options)
         model = tools.get_model_state_dict(self.model, options=options)
@@ -2422,53 +2074,58 @@ class Trainer:
                  ema=ema, optimizer=optimizer)
 
     def restore(self, found):
-        """Go on from a checkpoint that rank 0 has loaded; None on the other ranks, and for a new
-        run."""
-        done = torch.tensor([found["step"], found["skipped"]] if found else [0, 0],
-                            device=self.device)
-        if dist.is_initialized():
-            dist.broadcast(done, 0)
-        self.done, self.skipped = done.tolist()
-        self.guessed = sum(self_conditions(self.config, step) for step in range(self.done))
-        if not self.done:
+        """Go on from a checkpoint; from None, begin."""
+        if found is None:
             return
-
-        found = found or {"model": {}, "ema": {}, "optimizer": {}}
-        tools, options = state_dicts(), from_rank_0()
-        try:
-            tools.set_model_state_dict(self.model, found["model"], options=options)
-            tools.set_model_state_dict(self.ema, found["ema"], options=options)
-        except RuntimeError:
-            raise UserError("its checkpoint is of another network; choose another --out") from None
-        for group in found["optimizer"].get("param_groups", []):
+        self.done, self.skipped = found["step"], found["skipped"]
+        for group in found["optimizer"]["param_groups"]:
             if "ns_steps" in group:                           # a run begun with torch.optim.Muon
                 for name in ("nesterov", "ns_coefficients", "ns_steps", "eps", "adjust_lr_fn"):
                     group.pop(name, None)
+        from torch.distributed.checkpoint import state_dict as tools
+        options = tools.StateDictOptions(full_state_dict=True)
         try:
+            tools.set_model_state_dict(self.model, found["model"], options=options)
+            tools.set_model_state_dict(self.ema, found["ema"], options=options)
             tools.set_optimizer_state_dict(self.model, self.optimizers, found["optimizer"],
                                            options=options)
-        except KeyError as error:
-            raise UserError(f"its checkpoint holds the state of another optimiser ({error}); "
-                            "choose another --out") from None
+        except (RuntimeError, KeyError):
+            raise UserError("its checkpoint is of another network or optimiser; choose another "
+                            "--out") from None
+
+
+def check_run(config):
+    """Raise UserError before work begins: about flags, folders, disk and memory."""
+    device, dtype = decide(config)
+    if config.parallel == "fsdp":
+        if ranks()[1] == 1 or config.optimizer == "muon" or lab("fsdp") is None:
+            raise UserError("--parallel fsdp needs torchrun --nproc_per_node=8 cdslm.py ..., "
+                            "--optimizer adamw, and lab/fsdp.py beside cdslm.py")
+    if config.latent_dim and lab("latents") is None:
+        raise UserError("--latent-dim needs lab/latents.py beside cdslm.py")
+    check_division(config, ranks()[1])
+    data = places(config.data)
+    config.data = "toy" if data == ["toy"] else data
+    check_out(config)
+    if plan := lab("plan"):
+        plan.afford(config, device, dtype)
+    return device, dtype
 
 
 def train(config, trainer_of=Trainer, count=count, load_run=load_run, sample=sample):
     """From a Config to a run folder with checkpoints and sound. The same Config resumes the run.
     Whoever trains another network (`lab/autoregressive.py`) brings what differs."""
-    device, dtype = decide(config)
-    check_launch(config)                                      # flags, folders, disk, memory
-    check_data(config)
-    check_out(config)
-    plan = lab("plan")
-    if plan:
-        plan.afford(config, device, dtype)
+    device, dtype = check_run(config)
     with together() as rank, contextlib.nullcontext() if rank else claim(config):
         announce(config, device, dtype, count)
-        with rank_0_first():
-            corpus = open_corpus(config)
-            if rank == 0:
-                own(config, corpus)
-            autoencoder = open_autoencoder(config, corpus, device, dtype)
+        if rank:
+            dist.barrier()                                    # rank 0 makes what the others open
+        corpus = open_corpus(config)
+        if rank == 0:
+            own(config, corpus)
+        autoencoder = open_autoencoder(config, corpus, device, dtype)
+        if rank == 0 and dist.is_initialized():
+            dist.barrier()
         check_alike(corpus, autoencoder)
         trainer = trainer_of(config, corpus, autoencoder, device, dtype)
         with interruptible(trainer.signals):
@@ -2483,17 +2140,14 @@ def train(config, trainer_of=Trainer, count=count, load_run=load_run, sample=sam
 
 
 def check_alike(corpus, autoencoder):
-    """Raise UserError unless all ranks have the same speech and the same decoder, as on a shared
-    disk."""
-    if not dist.is_initialized():
-        return
-    weights = [tensor.cpu().numpy().tobytes() for tensor in autoencoder.state_dict().values()]
-    mine = corpus.contents, hashlib.blake2b(b"".join(weights)).hexdigest()
-    found = [None] * ranks()[1]
-    dist.all_gather_object(found, mine)
-    if len(set(found)) > 1:
-        raise UserError("the ranks see different speech or another autoencoder.pt; put --data, "
-                        "--out and CDSLM_CACHE on a disk that all nodes share")
+    """Raise UserError unless all ranks have the same speech and decoder, as on a shared disk."""
+    if dist.is_initialized():
+        weights = [tensor.double().sum().item() for tensor in autoencoder.state_dict().values()]
+        found = [None] * ranks()[1]
+        dist.all_gather_object(found, (corpus.contents, *weights))
+        if len(set(found)) > 1:
+            raise UserError("the ranks see different speech or another autoencoder.pt; put --data, "
+                            "--out and CDSLM_CACHE on a disk that all nodes share")
 
 
 def own(config, corpus):
@@ -2510,50 +2164,40 @@ def announce(config, device, dtype, count=count):
     size, precision = count(config), str(dtype)[6:]
     if dtype == torch.float32 and not multiplies_bf16(device):
         precision += f" (this {device.type} has no bf16 in hardware)"
-    print(f"{config.size}: {size['parameters'] / 1e6:.2f} M parameters on {device} in {precision}; "
-          f"{config.steps} steps of {config.batch_size} windows of {size['tokens']} tokens, "
-          f"{size['flops'] * config.batch_size / 1e9:.3g} GFLOP per step")
-    if device.type == "cpu" and not torch.version.cuda and shutil.which("nvidia-smi"):
-        print("note: there is an NVIDIA GPU, but this torch was built without CUDA; pip install "
-              "torch --force-reinstall --index-url https://download.pytorch.org/whl/cu126")
-    if dist.is_initialized():
-        part = "a shard" if config.parallel == "fsdp" else "a copy"
-        print(f"{ranks()[1]} ranks, each with {part} of the model")
+    print(f"{config.size}: {size['parameters'] / 1e6:.2f} M parameters on {ranks()[1]} x {device} "
+          f"in {precision}; {config.steps} steps of {config.batch_size} windows of "
+          f"{size['tokens']} tokens, {size['flops'] * config.batch_size / 1e9:.3g} GFLOP per step")
 
 
 def train_loop(trainer, folder):
     """Steps, a row of log.jsonl for each, and now and then a validation and a checkpoint."""
     config = trainer.config
-    trainer.restore(None if trainer.rank else resume_point(folder, config))
+    trainer.restore(resume_point(folder, config))
     if trainer.done:
         print(f"going on from step {trainer.done}")
+    path = Path(os.devnull if trainer.rank else folder / "log.jsonl")
     if trainer.rank == 0:
         write_config(folder, config, trainer.corpus.contents) # steps may have changed
-        trim_log(folder / "log.jsonl", trainer.done)
-    frames_per_step = config.batch_size * (config.ctx_frames + config.gen_frames)
+        rows = path.read_text().splitlines(True) if path.exists() else []
+        with replacing(path) as temporary:
+            temporary.write_text("".join(rows[:trainer.done]))                # a row a step
+    frames_per_step = config.batch_size * trainer.corpus.window
     first, begun, shown = trainer.done, time.perf_counter(), {}
+    timed = config.minutes and config.lr_schedule == "wsd" and not dist.is_initialized()
 
-    with (open(os.devnull if trainer.rank else folder / "log.jsonl", "a") as log,
+    with (open(path, "a", buffering=1) as log,                # a row is written at once
           tqdm(initial=first, total=config.steps, desc="training", unit="step",
                disable=trainer.rank > 0) as bar):
-
-        def checkpoint_as(name):
-            log.flush()                                       # what is saved is in the log already
-            if trainer.rank == 0:
-                os.fsync(log.fileno())
-            trainer.save(folder / name)
-
         while trainer.done < config.steps and not trainer.stopping:
             if config.lr_schedule == "wsd" and trainer.done == decay_start(config.steps):
-                checkpoint_as("trunk.pt")                     # a longer run resumes here
+                trainer.save(folder / "trunk.pt")             # a longer run resumes here
             row = trainer.step()
 
             # After the first steps: how long will it take?
             if trainer.done == first + WARM:
                 warm = time.perf_counter()
-            if trainer.done == first + TRIAL and trainer.rank == 0:
-                seconds = (time.perf_counter() - warm) / (TRIAL - WARM)
-                keep_to_time(config, trainer.done, seconds)
+            if trainer.done == first + TRIAL and first < TRIAL and timed:
+                keep_to_time(config, trainer.done, (time.perf_counter() - warm) / (TRIAL - WARM))
                 bar.total = config.steps
                 write_config(folder, config, trainer.corpus.contents)
 
@@ -2568,35 +2212,21 @@ def train_loop(trainer, folder):
                 bar.set_postfix(shown, refresh=False)
             log.write(json.dumps(row) + "\n")
             bar.update()
-            if due or any(trainer.asked):
-                checkpoint_as("checkpoint.pt")
+            if due or trainer.stopping or trainer.late:
+                trainer.save(folder / "checkpoint.pt")
 
 
 def keep_to_time(config, done, seconds):
-    """Print how long training takes at `seconds` per step. At the start of a run with `minutes`,
-    reduce the steps so that it takes no more than that, counted from the launch."""
-    left = (config.steps - done) * seconds / 60
-    if config.minutes and config.lr_schedule == "wsd" and not dist.is_initialized() and \
-            done < 2 * TRIAL:                                 # it began, or went on, before TRIAL
-        spent = (time.perf_counter() - LAUNCHED) / 60
-        # The rest is for validation, sound, and a machine that slows down.
-        affordable = (0.85 * config.minutes - spent) * 60 / seconds
-        if affordable < config.steps - done:
-            full = config.steps
-            config.steps = max(2 * done, int(done + affordable) // 100 * 100)
-            tqdm.write(f"{full} steps would take {left:.0f} minutes here: training for "
-                       f"{config.steps} instead; for all of them add --steps {full}")
-            left = (config.steps - done) * seconds / 60
-    tqdm.write(f"about {left:.1f} minutes of training, at {seconds:.3f} s per step")
-
-
-def trim_log(path, step):
-    """Drop the rows of steps after `step`: they will be done again."""
-    if path.exists():
-        lines = [line for line in path.read_text().splitlines(True) if line.endswith("}\n")]
-        lines = [line for line in lines if json.loads(line)["step"] <= step]
-        with replacing(path) as temporary:
-            temporary.write_text("".join(lines))
+    """Reduce the steps of a run so that at `seconds` per step it ends `minutes` after its launch.
+    The decay of the learning rate follows the steps, so this is done once, early in the run."""
+    spent = (time.perf_counter() - LAUNCHED) / 60
+    # The rest is for validation, sound, and a machine that slows down.
+    affordable = (0.85 * config.minutes - spent) * 60 / seconds
+    if affordable < config.steps - done:
+        full = config.steps
+        config.steps = max(2 * done, int(done + affordable) // 100 * 100)
+        tqdm.write(f"{full} steps would take {full * seconds / 60:.0f} minutes here: training for "
+                   f"{config.steps} instead; for all of them add --steps {full}")
 
 
 def listen(folder, device="cpu", load_run=load_run, sample=sample, number=4):
@@ -2692,28 +2322,6 @@ def parse(argv=None):
     return to_config(config_parser().parse_args(argv))
 
 
-class Unbreakable:
-    """A text stream whose reader may go away, or that was never there: writing then does nothing.
-    Characters that the terminal lacks are escaped."""
-
-    def __init__(self, stream):
-        self.stream = stream
-
-    def write(self, text):
-        try:
-            encoding = self.stream.encoding or "utf-8"
-            return self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
-        except (OSError, ValueError, AttributeError):
-            return len(text)
-
-    def flush(self):
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            self.stream.flush()
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-
 def cli(main, resumable=False):
     """Run a program's `main`. A mistake of the user, or a full disk, is one line and exit status 2;
     SIGTERM is as Ctrl-C. `resumable`: the same command goes on where it stopped."""
@@ -2726,8 +2334,8 @@ def cli(main, resumable=False):
         print(f"error: {who}{printable(message)}", file=sys.stderr)
         sys.exit(2)
 
-    keep_memory()
-    sys.stdout, sys.stderr = Unbreakable(sys.stdout), Unbreakable(sys.stderr)
+    if process := lab("process"):
+        process.prepare()
     signal.signal(signal.SIGTERM, terminated)
     try:
         main()

@@ -31,7 +31,7 @@ import torch
 import cdslm
 from cdslm import (ANGLES, CFG, CHECKPOINTS, STEPS, VALIDATION_WINDOWS, Diffusion, MMDiT, Parser,
                    Trainer, UserError, autocast, cli, config_parser, count, keyed, keyed_noise,
-                   launched_together, load_run, read_json, replacing, sample, to_config)
+                   load_run, ranks, read_json, replacing, sample, to_config)
 from lab import pairs
 from lab.best import best_of
 from lab.causal import TOKENS, CodeModel, new_model
@@ -145,7 +145,7 @@ def train(config, arm):
                         "--out")
     if arm == "A":
         return cdslm.train(config)
-    if launched_together() or config.compile or config.checkpoint_activations:
+    if ranks()[1] > 1 or config.compile or config.checkpoint_activations:
         raise UserError(f"arm {arm} runs on one device, without torchrun, --compile and "
                         "--checkpoint-activations")
     cdslm.train(config, functools.partial(ArmTrainer, arm), functools.partial(count_arm, arm),

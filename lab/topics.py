@@ -16,10 +16,13 @@ each language has 36 words, spoken by the same synthesiser, and an utterance is 
 
 `python cdslm.py --toy-grammar topics` trains on it, and `lab/coherence.py` measures what remains.
 """
+import functools
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
+from cdslm import CACHE_VERSION, Clip, Source, pcm
 from lab.toyspeech import (
     HOP, RATE, STEP, STYLES, Language, ToySpeech, articulate, duration, intonate, vocalise)
 
@@ -258,3 +261,23 @@ def toy_speech(config):
     if config.toy_grammar == "topics":
         return TopicSpeech(config.toy_languages)
     return ToySpeech(config.toy_languages, config.toy_words)
+
+
+def toy_source(config):
+    """The toy corpus as a Source for the cache: utterances of 20 s (conversations: 60 s), or longer
+    where windows are, each by speakers of its own."""
+    toy = toy_speech(config)
+    words, seconds = len(toy.languages[0].words), toy.seconds
+    while seconds < 1.25 * (config.ctx_seconds + config.gen_seconds):
+        seconds += 10
+    count = max(2, round(config.toy_hours * 3600 / seconds))
+
+    def read(number):
+        return pcm(torch.from_numpy(toy.utterance(number, seconds).wave))
+
+    clips = [Clip(f"utterance {i}", seconds, functools.partial(read, i)) for i in range(count)]
+    bits = [f"{toy.entropy_per_phone(i):.2f}" for i in range(config.toy_languages)]
+    print(f"toy speech, version {toy.version}: {words} words per language, "
+          f"{', '.join(bits)} bits per phone")
+    name = f"{toy.name}-{config.toy_languages}x{words}-{count}x{seconds:.0f}s"
+    return Source(name, f"{CACHE_VERSION} {toy.version}", clips, {})

@@ -6,8 +6,13 @@ import pytest
 import torch
 
 import cdslm
-from cdslm import Config, claim, load, load_run, newest, read_config, resume_point, save
+from cdslm import Config, checkpoints, claim, load, load_run, read_config, resume_point, save
 from cdslm import UserError
+
+
+def newest(folder):
+    """The newest readable checkpoint; None if there is none yet."""
+    return next(checkpoints(folder), None)
 
 
 class Bomb:

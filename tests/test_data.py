@@ -1,5 +1,4 @@
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,13 +7,21 @@ import torch
 
 import cdslm as room
 from cdslm import Config
-from cdslm import HOP, RATE, UserError, keyed, keyed_noise, log_mel, open_corpus, toy_source
+from cdslm import HOP, RATE, UserError, keyed, keyed_noise, log_mel, open_corpus
+from lab.topics import toy_source
 from tests.conftest import speech_like
 
 
 @pytest.fixture
 def folder(tmp_path):
     return tmp_path / "recordings"
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """A cache of this test alone."""
+    monkeypatch.setenv("CDSLM_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
 
 
 @pytest.fixture
@@ -34,11 +41,6 @@ def record(folder, name, seconds=8.0, rate=RATE, wave=None, **options):
 def numbered(folder, name, seconds, sign=1):
     """A recording whose samples say in which frame of it they are: +-1, +-2, ... in 16 bits."""
     record(folder, name, wave=(sign * (1 + np.arange(round(seconds * 80))).repeat(HOP)).astype(np.int16))
-
-
-def caches_of(cache, folder):
-    """The folders in which a folder of recordings is cached, one for each state that it was in."""
-    return [path.parent for path in cache.glob(f"{folder.name}-*/place") if path.read_text() == str(folder.resolve())]
 
 
 def heard(corpus, split):
@@ -121,14 +123,14 @@ def test_a_new_file_moves_no_other_between_the_splits(corpus, folder, seconds, m
     assert not before["train"] & after["valid"] - before["valid"]
 
 
-def test_an_interrupted_build_goes_on(corpus, folder, cache, monkeypatch):
+def test_an_interrupted_build_goes_on(corpus, folder, own_cache, monkeypatch):
     monkeypatch.setattr(room, "SHARD_SECONDS", 20)
     monkeypatch.setattr(room, "BLOCK_SECONDS", 10)
     for i in range(6):
         record(folder, f"{i}.wav", 15)
     opened = corpus()
     whole = opened.windows("mel", "train", range(50), 96)
-    (place,) = caches_of(cache, folder)
+    (place,) = own_cache.iterdir()
     shards = sorted(place.glob("*.json"))
     assert len(shards) > 2
     kept = shards[0].with_suffix(".mel.npy")
@@ -147,14 +149,12 @@ def test_a_finished_cache_is_not_built_again(corpus, folder, monkeypatch):
     corpus()
 
 
-def test_a_changed_folder_is_noticed(corpus, folder, capsys, cache):
+def test_a_changed_folder_gets_a_new_cache(corpus, folder, own_cache):
     record(folder, "a.wav", 30)
     assert seconds_cached(corpus()) == 30
     record(folder, "b.wav", 30)
-    capsys.readouterr()
     assert seconds_cached(corpus()) == 60
-    assert "changed" in capsys.readouterr().out
-    assert len(caches_of(cache, folder)) == 2, "a run may still use the old one"
+    assert len(list(own_cache.iterdir())) == 2, "a run may still use the old one"
 
 
 def test_clips_shorter_than_the_window_are_joined_with_their_neighbours(corpus, folder):
@@ -200,13 +200,6 @@ def test_too_little_speech_is_a_users_error(corpus, folder):
         corpus()
 
 
-def test_too_little_speech_is_said_before_any_is_cached(corpus, folder, cache, monkeypatch):
-    monkeypatch.setattr("cdslm.build_cache", lambda source: pytest.fail("cached in vain"))
-    record(folder, "a.wav", 2)
-    with pytest.raises(UserError, match="too little speech"):
-        corpus()
-
-
 @pytest.mark.parametrize("size, seconds", [("tiny", 20), ("small", 20), ("base", 50)])
 def test_toy_utterances_are_longer_than_the_window(size, seconds):
     """A window of 40 s can begin anywhere in the first 10."""
@@ -214,12 +207,6 @@ def test_toy_utterances_are_longer_than_the_window(size, seconds):
     assert {clip.seconds for clip in source.clips} == {seconds}
     assert sum(clip.seconds for clip in source.clips) == pytest.approx(3600, rel=0.01)
     assert source.name.endswith(f"x{seconds}s")
-
-
-def test_a_disk_without_room_for_the_cache_is_said_first(small, monkeypatch):
-    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10 ** 6))
-    with pytest.raises(UserError, match="0.00 GiB free, .* are needed for the cache"):
-        open_corpus(small(toy_hours=0.06))
 
 
 def test_one_recording_twice_is_too_little_speech(small, tmp_path):
@@ -240,13 +227,13 @@ def test_a_folder_without_sound_is_a_users_error(corpus, folder):
         corpus()
 
 
-def test_several_folders_are_one_corpus_and_keep_their_caches(corpus, small, folder, tmp_path, cache):
+def test_several_folders_are_one_corpus_and_keep_their_caches(corpus, small, folder, tmp_path, own_cache):
     other = tmp_path / "more"
     record(folder, "a.wav", 30)
     record(other, "a.wav", 50)
     (other / "b.wav").write_text("not sound")
     alone = corpus()
-    (place,) = caches_of(cache, folder)
+    (place,) = own_cache.iterdir()
     made = {path: path.stat().st_mtime_ns for path in place.glob("*.npy")}
     both = open_corpus(small(data=[str(folder), str(other)]))
     assert seconds_cached(both) == seconds_cached(alone) + 50 and both.skipped.keys() == {"b.wav"}
@@ -288,10 +275,10 @@ def test_randomness_is_keyed():
     assert torch.equal(keyed_noise(0, "n", 1, (3, 2), "cpu"), keyed_noise(0, "n", 1, (3, 2), "cpu"))
 
 
-def test_a_shards_contents_are_plain_json(corpus, folder, cache):
+def test_a_shards_contents_are_plain_json(corpus, folder, own_cache):
     record(folder, "a.wav", 30)
     corpus()
-    (place,) = caches_of(cache, folder)
+    (place,) = own_cache.iterdir()
     (path,) = place.glob("*.json")
     assert json.loads(path.read_text())["clips"]
     audio = np.load(path.with_suffix(".audio.npy"), mmap_mode="r")

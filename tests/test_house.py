@@ -155,7 +155,7 @@ def test_the_file_is_executed_once(tmp_path):
     ("        shrink = math.sin(next_phi)", "        shrink = math.cos(next_phi)", True),
     ('"""Whether a training step uses', '"""Whether (a note) a training step uses', False),
     ("        # Tokens.\n", "        # Tokens of a student.\n", False),
-    ("SAVE_SECONDS = 600", "SAVE_SECONDS = 60", False)])
+    ("WARM, TRIAL = 10, 40", "WARM, TRIAL = 10, 50", False)])
 def test_the_methods_fingerprint_follows_the_method_alone(tmp_path, old, new, differs):
     """Not its comments, its docstrings, or the machinery."""
     text = (ROOT / "cdslm.py").read_text()

@@ -151,7 +151,7 @@ def test_a_checkpoint_of_another_optimiser_is_one_line(small, tmp_path, mute):
     cdslm.train(small(optimizer="adamw", steps=2))
     config = json.loads((tmp_path / "run/config.json").read_text()) | dict(optimizer="muon")
     (tmp_path / "run/config.json").write_text(json.dumps(config))
-    with pytest.raises(cdslm.UserError, match="the state of another optimiser"):
+    with pytest.raises(cdslm.UserError, match="of another network or optimiser"):
         cdslm.train(small(optimizer="muon", steps=4))
 
 

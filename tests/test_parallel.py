@@ -11,6 +11,7 @@ import torch
 import cdslm
 from cdslm import load, load_run, train
 from cdslm import UserError
+from lab import process as own_process
 from tests.conftest import SMALL, command, flags
 from tests.test_training import log
 
@@ -96,7 +97,7 @@ def assert_alike(folder, other):
 def test_two_ranks_are_the_run_on_one_device(alone, tmp_path, settings):
     (status, said), (other, whispered) = run(tmp_path, **settings)
     assert (status, other) == (0, 0), said + whispered
-    assert "2 ranks" in " ".join(said) and (not whispered or "compile" in settings)      # where torch itself warns
+    assert "2 x cpu" in " ".join(said) and (not whispered or "compile" in settings)      # where torch itself warns
     assert_alike(tmp_path / "run", alone)
     assert said[-1] == "listen" and load_run(tmp_path / "run")[0].parallel == settings["parallel"]
 
@@ -109,14 +110,6 @@ def test_muon_on_two_ranks_is_muon_on_one(tmp_path):
         assert [status for status, _ in run(folder, ranks=ranks, optimizer="muon")] == [0] * ranks
     for row, other in zip(log(tmp_path / "one/run"), log(tmp_path / "two/run"), strict=True):
         assert row["loss"] == pytest.approx(other["loss"], rel=1e-3)
-
-
-def test_more_processes_than_gpus_is_a_users_error(monkeypatch, small):
-    """Every rank says so, not only those that have none."""
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    with pytest.raises(UserError, match="nproc_per_node=8, but there are 4 GPUs"):
-        cdslm.decide(small(device="cuda"))
 
 
 @pytest.mark.parametrize("ways", [
@@ -197,12 +190,11 @@ def test_what_can_not_be_spread_is_a_users_error(monkeypatch, small, tmp_path, s
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
 
 
-def test_without_a_compiler_it_says_so_and_goes_on(monkeypatch, capsys):
-    def broken(*_):
-        raise RuntimeError("no compiler\nfor miles")
-    monkeypatch.setattr(torch, "compile", broken)
-    assert cdslm.compiled(len, "cpu") is len
-    assert capsys.readouterr().out == "--compile does not work here (no compiler); going on without\n"
+@pytest.mark.slow
+def test_with_a_compiler_that_is_not_there_it_goes_on_too(tmp_path):
+    words = flags(**RUN | dict(out=tmp_path / "run", steps=1)) + ["--compile"]
+    done = command("cdslm.py", *words, env=os.environ | dict(CXX="/no/such", TORCHINDUCTOR_CACHE_DIR=str(tmp_path)))
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("most", [2 ** 25, 2 ** 31])
@@ -213,13 +205,6 @@ def test_malloc_maps_as_little_as_the_system_allows(monkeypatch, most):
             return 0
         asked[what] = size
         return 1
-    monkeypatch.setattr(cdslm.ctypes, "CDLL", lambda name: type("libc", (), {"mallopt": staticmethod(mallopt)}))
-    cdslm.keep_memory()
+    monkeypatch.setattr(own_process.ctypes, "CDLL", lambda name: type("libc", (), {"mallopt": staticmethod(mallopt)}))
+    own_process.keep_memory()
     assert asked == {-1: 2 ** 30, -3: min(most, 2 ** 30)}
-
-
-@pytest.mark.slow
-def test_with_a_compiler_that_is_not_there_it_goes_on_too(tmp_path):
-    words = flags(**RUN | dict(out=tmp_path / "run", steps=1)) + ["--compile"]
-    done = command("cdslm.py", *words, env=os.environ | dict(CXX="/no/such", TORCHINDUCTOR_CACHE_DIR=str(tmp_path)))
-    assert done.returncode == 0 and done.stdout.count("--compile does not work here") == 1, done.stderr

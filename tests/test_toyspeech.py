@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cdslm import Config, UserError, read_config, toy_source, train
+from cdslm import Config, UserError, read_config, train
 from lab import topics
 from lab.listener import ngrams
 from lab.plan import command_line
-from lab.topics import CLOSER, CONTENT, LINK, OPENER, TOPIC_WORDS, Chances, TopicSpeech, word_pairs
+from lab.topics import CLOSER, CONTENT, LINK, OPENER, TOPIC_WORDS, Chances, TopicSpeech, toy_source, word_pairs
 from lab.toyspeech import HOP, PHONEMES, RATE, STYLES, SYMBOLS, VERSION, ToySpeech
 
 

@@ -1,4 +1,3 @@
-import dataclasses
 import itertools
 import json
 import math
@@ -15,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import cdslm
 from cdslm import Trainer, count, load, open_autoencoder, read_config, train
-from cdslm import UserError, load_audio, open_corpus, uniform
+from cdslm import UserError, load_audio, open_corpus
+from tests.test_checkpoints import newest
 from tests.conftest import ROOT, SMALL, command, flags, speech_like
 
 REAL = ROOT.parent / "shared/data/fsdd"
@@ -214,17 +214,6 @@ def test_every_window_is_read_once_and_in_its_order(trainer, rank, ranks, micro)
     assert windows == expected[:len(windows)] and len(windows) >= 3 * share
 
 
-def test_what_a_thread_reads_ahead_comes_in_order_and_its_errors_too():
-    def read(number):
-        if number == 5:
-            raise UserError("no disk")
-        return number * number
-    results = cdslm.prefetch(read, ((number,) for number in itertools.count()))
-    assert [next(results) for _ in range(5)] == [0, 1, 4, 9, 16]
-    with pytest.raises(UserError, match="no disk"):
-        next(results)
-
-
 def test_training_lowers_the_loss_on_a_fixed_batch(trainer):
     t = trainer(steps=40, warmup=5, self_condition=0.0)
     t.batches = itertools.repeat(batch(t))
@@ -319,10 +308,7 @@ def test_the_log_has_a_row_a_step(trained):
     assert rows[-1]["hours"] == pytest.approx(10 * 4 * 1.2 / 3600)
     size = count(read_config(trained[0]))
     assert rows[-1]["tokens"] == 40 * size["tokens"]
-    config = read_config(trained[0])                                          # first guesses as they were drawn
-    guessed = sum(uniform(config.seed, "guess", i) < config.self_condition for i in range(10))
-    flops = 40 * count(dataclasses.replace(config, self_condition=0.0))["flops"] + 4 * guessed * size["flops_guess"]
-    assert rows[-1]["flops"] == pytest.approx(flops, rel=0.01)
+    assert rows[-1]["flops"] == pytest.approx(40 * size["flops"])
 
 
 def test_a_first_guess_in_bf16_leaves_every_weight_its_gradient(trainer):
@@ -368,25 +354,13 @@ def test_a_run_in_float32_multiplies_nothing_in_bf16(trainer, dtype):
 
 
 @pytest.mark.parametrize("seconds, steps", [(0.1, 4500), (0.2, 4500), (0.45, 2200), (60, 80)])
-def test_a_slow_machine_takes_fewer_steps_unless_told(capsys, monkeypatch, seconds, steps):
+def test_a_slow_machine_takes_fewer_steps(capsys, monkeypatch, seconds, steps):
     """Ten seconds were spent before. 20 minutes are enough for 4,500 steps of 0.2 s; twice the trial is the least."""
     monkeypatch.setattr(cdslm, "LAUNCHED", time.perf_counter() - 10)
-    for given, expected in (({}, steps), (dict(steps=4500), 4500), (dict(size="small"), 40_000)):
-        config = cdslm.Config(**given)
-        full = config.steps
-        cdslm.keep_to_time(config, cdslm.TRIAL, seconds)
-        said = capsys.readouterr().out
-        assert config.steps == expected and f"minutes of training, at {seconds:.3f} s per step" in said
-        assert (f"--steps {full}" in said) == (expected < full)
-
-
-def test_a_run_stopped_before_its_trial_keeps_its_time_limit():
     config = cdslm.Config()
-    cdslm.keep_to_time(config, 2 * cdslm.TRIAL - 1, 0.45)
-    assert config.steps < 4500
-    config = cdslm.Config()
-    cdslm.keep_to_time(config, 2 * cdslm.TRIAL, 0.45)         # it has decided before
-    assert config.steps == 4500
+    cdslm.keep_to_time(config, cdslm.TRIAL, seconds)
+    assert config.steps == steps
+    assert ("--steps 4500" in capsys.readouterr().out) == (steps < 4500)
 
 
 def test_a_shortened_run_stays_as_short(mute, small, monkeypatch, capsys):
@@ -397,16 +371,16 @@ def test_a_shortened_run_stays_as_short(mute, small, monkeypatch, capsys):
     train(small(**settings))
     assert "training for 24 instead" in capsys.readouterr().out
     train(small(**settings))
-    assert cdslm.newest(Path(small().out))["step"] == cdslm.read_config(small().out).steps == 24
+    assert newest(Path(small().out))["step"] == cdslm.read_config(small().out).steps == 24
     train(small(steps=30))
-    assert cdslm.newest(Path(small().out))["step"] == 30
+    assert newest(Path(small().out))["step"] == 30
 
 
 MISTAKES = {                                      # in the order in which they are told
-    "--parallel fsdp is for many devices": dict(parallel="fsdp"),
+    "--parallel fsdp needs torchrun": dict(parallel="fsdp"),
     "nosuch: no such folder": dict(data="nosuch"),
     "choose another --out": dict(out="holds"),
-    "are needed for its checkpoints": dict(width=8192, depth=64),
+    "GiB on each device": dict(width=8192, depth=64),
 }
 
 

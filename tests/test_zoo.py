@@ -176,7 +176,8 @@ def zoo(tmp_path_factory):
     folder.mkdir()
     collect(folder)
     write(folder / f"{FINE} and long.wav", speech_like(60))
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in AUDIO_FILES)
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in AUDIO_FILES)
+    files = [path for path in found if path.is_file() and not path.name.startswith(".")]
     assert len(files) >= 200
     return folder, files
 
@@ -298,10 +299,7 @@ def test_what_may_not_be_read_is_counted(small, monkeypatch):
         if root:  # who may read everything
             os.seteuid(65534)
         try:
-            assert open_corpus(small(data=str(folder / "data"))).skipped.keys() == {
-                "shut.wav",
-                "closed",
-            }
+            assert open_corpus(small(data=str(folder / "data"))).skipped.keys() == {"shut.wav"}
         finally:
             if root:
                 os.seteuid(0)
