@@ -585,7 +585,7 @@ class MMDiT(nn.Module):
 # there is more noise, since language is decided there, and guided where the log-SNR is between -4
 # and 0 (Kynkäänniemi et al. 2024).
 
-STEPS, CFG = 24, 2.0                          # defaults: evaluations per window, guidance
+STEPS, CFG = 40, 2.0                          # defaults: evaluations per window, guidance
 GUIDED = math.pi / 4, math.atan(math.exp(2))
 
 

@@ -298,7 +298,7 @@ def parse(argv=None):
     add("--minutes", type=float, default=20.0,
         help="minutes of speech that a run generates [20]")
     add("--cfg", type=float, default=CFG, help="guidance scale [2]")
-    add("--steps", type=int, default=STEPS, help="evaluations of the network per window [24]")
+    add("--steps", type=int, default=STEPS, help="evaluations of the network per window [40]")
     add("--best-of", type=int, default=1, help="of so many, judge the likeliest (lab/best.py) [1]")
     add("--device", default="auto", help="cuda, mps, cpu [auto]")
     add("--decided", action="store_true",

@@ -357,7 +357,7 @@ def bench_speed(quick, run):
         return lambda: autoencoder.decode(sample(model, context, steps=steps, cfg=cfg))
 
     work = {f"{steps} evaluations, --cfg {cfg}": generator(steps, cfg)
-            for steps in (24, 48) for cfg in (1, 2)}
+            for steps in (24, 40, 48) for cfg in (1, 2)}
     work["the decoder alone"] = lambda: autoencoder.decode(frames)
     rows = [(name, seconds / s) for name, s in race(1 if quick else 5, **work).items()]
     table(f"Generating, batch {len(context)}", ("what", "times real time"), rows)
