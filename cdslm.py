@@ -1297,7 +1297,7 @@ class Clip(NamedTuple):
     """A recording, or up to half an hour of a long one."""
     name: str                     # its path in the source
     seconds: float
-    read: Callable                # () -> samples (N,) int16
+    read: Callable                # () -> its samples in pieces (N,), float32
     minute: int = 0               # where in the recording it begins
 
 
@@ -1310,19 +1310,13 @@ class Source(NamedTuple):
     skipped: dict                 # {file: why it can't be used, or not whole}
 
 
-def pcm(wave):
-    """(N,) samples -> int16, as they are cached."""
-    return (wave.clamp(-1, 1) * 32767).round().short()
-
-
 def places(data):
     """The folders and files that `--data` names, each once, as absolute paths; and "toy". Raises
     UserError if one is not there."""
     found = []
     for name in [data] if isinstance(data, str) else data:
         if name == "toy" and lab("topics") is None:
-            raise UserError("--data toy needs lab/toyspeech.py beside cdslm.py; or give --data a "
-                            "folder of recordings")
+            raise UserError("--data toy needs lab/toyspeech.py beside cdslm.py; or give a folder")
         path = Path(name).expanduser()
         if name != "toy" and not (name and path.exists()):
             raise UserError(f"--data {name}: no such folder")
@@ -1335,11 +1329,10 @@ def find_recordings(folder):
     """Audio files under a folder, at any depth; links are followed. Each file once, and none of a
     run folder."""
     found = {}
-    for name in sorted(glob.glob(f"{glob.escape(folder)}/**", recursive=True)):
-        path = Path(name)
-        if path.suffix.lower() in AUDIO_FILES and path.is_file():
-            if not (path.parent / "log.jsonl").exists():
-                found.setdefault(path.resolve(), path)
+    for path in map(Path, sorted(glob.glob(f"{glob.escape(folder)}/**", recursive=True))):
+        is_audio = path.suffix.lower() in AUDIO_FILES and path.is_file()
+        if is_audio and not (path.parent / "log.jsonl").exists():
+            found.setdefault(path.resolve(), path)
     return list(found.values())
 
 
@@ -1362,28 +1355,16 @@ def folder_source(place):
         contents.append(f"{name} {stat.st_size} {stat.st_mtime_ns}")
         for start in range(0, math.ceil(seconds), SHARD_SECONDS):
             stop = min(start + SHARD_SECONDS, seconds)
-            read = functools.partial(read_clip, path, start, stop, name, skipped)
+            read = functools.partial(read_audio, path, start, stop)
             clips.append(Clip(name, stop - start, read, start // 60))
     if not clips:
-        raise UserError(f"--data {place}: none of {len(files)} audio files can be read; wav, flac, "
-                        "ogg, mp3 and others can be used")
+        raise UserError(f"--data {place}: none of its {len(files)} audio files can be read")
 
     # Short clips of a folder lie in the order of their hash: those for validation are neighbours.
     clips.sort(key=lambda clip: (os.path.dirname(clip.name), clip.seconds < BLOCK_SECONDS and
                                  uniform(0, clip.name, 0), clip.name))
     short = re.sub(r"[^A-Za-z0-9]", "-", Path(place).name)
     return Source(short, "\n".join(contents), clips, skipped)
-
-
-def read_clip(path, start, stop, name, skipped):
-    """Samples of a recording (N,) int16; what can't be read is left out and noted in `skipped`."""
-    waves = [torch.zeros(0, dtype=torch.int16)]
-    try:
-        for wave in read_audio(path, start, stop):
-            waves.append(pcm(wave))
-    except UserError as error:
-        skipped[name] = printable(reason(error))
-    return torch.cat(waves)
 
 
 def cache_root():
@@ -1410,8 +1391,7 @@ def build_cache(source):
             for stem in tqdm(missing, desc=f"caching speech in {folder}", unit="half hour"):
                 build_shard(stem, source, plan[stem], pool)
     except OSError as error:
-        raise UserError(f"cache {folder}: {error.strerror}; set CDSLM_CACHE to a folder that can "
-                        "be written") from None
+        raise UserError(f"cache {folder}: {error.strerror}; set CDSLM_CACHE to another") from None
     return [open_shard(stem) for stem in plan]
 
 
@@ -1419,7 +1399,14 @@ def build_shard(stem, source, clips, pool):
     """Write a shard: STEM.audio.npy (N,) int16, STEM.mel.npy (N/300, 80) float16, and last
     STEM.json with its contents."""
     def samples(clip):
-        wave = clip.read()
+        """Int16, a whole number of frames; what can't be read is left out and noted."""
+        waves = [torch.zeros(0, dtype=torch.int16)]
+        try:
+            for wave in clip.read():
+                waves.append((wave.clamp(-1, 1) * 32767).round().short())
+        except UserError as error:
+            source.skipped[clip.name] = printable(reason(error))
+        wave = torch.cat(waves)
         return F.pad(wave, (0, -len(wave) % HOP)).numpy()
 
     def frames(start):
@@ -1465,8 +1452,9 @@ class Corpus:
 
     def __init__(self, shards, window, contents=""):
         self.shards, self.window, self.contents = shards, window, contents
-        clips = []
+        self.skipped, clips = {}, []
         for number, shard in enumerate(shards):
+            self.skipped |= shard["skipped"]
             start = 0
             for name, minute, frames in shard["clips"]:
                 clips.append((name, minute, number, start, frames))
@@ -1531,8 +1519,7 @@ def split(clips, window):
             if all((rows[:, 2] >= window).any() for rows in runs.values()):
                 return runs
     raise UserError(f"too little speech: {total / FRAME_RATE:.1f} s, where training and validation "
-                    f"each need a stretch of {window / FRAME_RATE:g} s; add some, or shorten "
-                    "--gen-seconds")
+                    f"each need {window / FRAME_RATE:g} s; add some, or shorten --gen-seconds")
 
 
 def join(blocks, limit):
@@ -1560,18 +1547,16 @@ def open_corpus(config):
     shards = [shard for source in sources for shard in build_cache(source)]
     corpus = Corpus(shards, config.ctx_frames + config.gen_frames, contents)
 
-    corpus.skipped = {}
-    for notes in [*(shard["skipped"] for shard in shards), *(source.skipped for source in sources)]:
-        corpus.skipped |= notes
+    for source in sources:
+        corpus.skipped |= source.skipped
     if corpus.skipped:
         named = [f"{name} ({why})" for name, why in list(corpus.skipped.items())[:5]]
         print(f"{len(corpus.skipped)} files can't be used, or not whole: {'; '.join(named)}. "
               "Convert them: ffmpeg -i FILE FILE.flac")
+    hours = sum(len(shard["mel"]) for shard in shards) / FRAME_RATE / 3600
     train, valid = corpus.hours("train"), corpus.hours("valid")
-    unused = sum(len(shard["mel"]) for shard in shards) / FRAME_RATE / 3600 - train - valid
-    print(f"{train:.2f} hours of speech for training, {valid:.2f} for validation"
-          + (f", {unused:.2f} in pieces shorter than a window" if unused > 0.005 else "")
-          + f"; {corpus.mel_stats()[2]} of {MELS} mel bands are alive")
+    print(f"{hours:.2f} hours of speech: {train:.2f} for training, {valid:.2f} for validation; "
+          f"{corpus.mel_stats()[2]} of {MELS} mel bands are alive")
     return corpus
 
 
@@ -1610,34 +1595,32 @@ def checkpoints(folder):
     """Yield the readable checkpoints of a run, the newest first; warn of the others. Raises
     UserError if there are some but none is readable."""
     paths = [folder / name for name in CHECKPOINTS if (folder / name).exists()]
-    readable = 0
+    damaged = []
     for path in paths:
         try:
-            found = load(path, mmap=True)
+            yield load(path, mmap=True)
         except UserError as error:
+            damaged.append(path)
             print(f"warning: {error}; trying the one before")
-            continue
-        readable += 1
-        yield found
-    if paths and not readable:
+    if paths and damaged == paths:
         raise UserError(f"{folder}: none of its checkpoints can be read")
 
 
 def resume_point(folder, config):
     """The newest checkpoint from which a run of `config.steps` can go on; None for a new run. A run
     whose learning rate has already decayed, to fewer steps, goes back to the trunk."""
-    steps, fits = [], []
-    for found in checkpoints(folder):
+    steps = []
+    for found in sorted(checkpoints(folder), key=lambda found: -found["step"]):
         limit = config.steps
         if config.lr_schedule == "wsd" and found["steps"] != config.steps:
             limit = decay_start(min(config.steps, found["steps"]))
-        steps.append(found["step"])
         if found["step"] <= limit:
-            fits.append(found)
-    if steps and not fits:
+            return found
+        steps.append(found["step"])
+    if steps:
         raise UserError(f"{folder} is past what --steps {config.steps} can go on from, at step "
-                        f"{max(steps)}; ask for more steps, or choose another --out")
-    return max(fits, key=lambda found: found["step"], default=None)
+                        f"{steps[0]}; ask for more steps, or choose another --out")
+    return None
 
 
 @functools.cache
@@ -1661,21 +1644,19 @@ def check_out(config):
         raise UserError(f"--out {folder}: its name is not valid UTF-8; choose another")
     if (folder / "config.json").exists():
         saved, code = read_config(folder), read_json(folder / "config.json").get("method", "")
-        old, new = dataclasses.asdict(saved), dataclasses.asdict(config)
+        old, new = vars(saved), vars(config)
         differ = [f"{name} {old[name]} -> {new[name]}" for name in new
                   if name not in MAY_CHANGE and old[name] != new[name]]
+        mine = method_fingerprint()
+        if code.split()[:1] == mine.split()[:1] and code != mine:             # of one Python
+            differ.append("the code of Part I has changed since this run began")
         if differ:
             raise UserError(f"--out {folder} holds another run ({', '.join(differ)}); choose "
                             "another --out")
-        mine = method_fingerprint()
-        if code.split()[:1] == mine.split()[:1] and code != mine:             # of one Python
-            raise UserError(f"--out {folder}: the code of Part I has changed since this run began; "
-                            "choose another --out")
         if config.minutes and saved.minutes:
             config.steps = saved.steps
     elif foreign := [*folder.glob("log.jsonl"), *folder.glob("[1-4]_*.wav")]:
-        raise UserError(f"--out {folder} holds {foreign[0].name}, but no config.json of a run; "
-                        "choose another --out")
+        raise UserError(f"--out {folder} holds {foreign[0].name}, but no run; choose another --out")
 
 
 def claim(config):
@@ -1693,12 +1674,11 @@ def claim(config):
 
 def read_json(path):
     """The dictionary in a JSON file of a run folder. Raises UserError if there is none."""
-    folder = path.parent
-    if folder.is_file():
-        raise UserError(f"{folder} is a file; give the run folder that it is in")
+    if path.parent.is_file():
+        raise UserError(f"{path.parent} is a file; give the run folder that it is in")
     if not path.exists():
-        raise UserError(f"{folder}: no run there; train one with: python cdslm.py --size tiny "
-                        f"--out {shlex.quote(str(folder))}")
+        raise UserError(f"{path.parent}: no run there; train one with: python cdslm.py --size tiny "
+                        f"--out {shlex.quote(str(path.parent))}")
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, RecursionError):
@@ -1797,7 +1777,7 @@ def check_division(config, count):
     """Raise UserError unless a batch divides evenly over `count` devices."""
     if config.batch_size % (count * (config.micro_batch or 1)):
         raise UserError(f"--batch-size {config.batch_size} must divide evenly over {count} devices "
-                        f"and forward passes of {config.micro_batch or 1} windows")
+                        "and their micro-batches")
 
 
 @contextlib.contextmanager
@@ -1816,8 +1796,8 @@ def together():
     except RuntimeError as error:
         if "gloo" not in str(error) and not isinstance(error, dist.DistError):
             raise
-        raise UserError("another rank stopped or can't be reached; the last "
-                        "checkpoint is whole, and the same command goes on from it") from None
+        raise UserError("another rank stopped; the same command goes on from the last checkpoint"
+                        ) from None
     dist.destroy_process_group()
 
 
@@ -1838,31 +1818,11 @@ class ManyDevices(OneDevice):
         return value
 
 
-@contextlib.contextmanager
-def interruptible(signals):
-    """Ctrl-C, SIGTERM and SIGUSR1 (of a batch system) are noted in `signals`; the training loop
-    then saves a checkpoint and ends. A second one stops at once, but not under torchrun, which
-    may send the same signal twice."""
-    def note(number, frame):
-        signals.append(number)
-        if len(signals) > 1 and not dist.is_initialized():
-            raise KeyboardInterrupt(number)
-
-    numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM)}
-    before = {number: signal.signal(number, note) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 # --------------------------------------------------------------------------------------------------
 # 14. Training: first the autoencoder, in a minute, then the network.
 
 VALIDATION_WINDOWS = 64
 ANGLES = [math.pi / 2 * (i + 0.5) / 10 for i in range(10)]    # noise levels of the validation
-WARM, TRIAL = 10, 40                  # the speed is measured between these steps
 SAVE_SECONDS = 600                    # a checkpoint at least this often
 DIVERGED = 100                        # no training recovers from such a loss; it begins at about 1
 
@@ -2015,8 +1975,7 @@ class Trainer:
         self.failed = 0 if finite and loss < DIVERGED else self.failed + 1
         if self.failed == 10:
             raise UserError(f"ten steps in a row with a loss above {DIVERGED} or not finite: "
-                            "training has diverged. Try a lower --lr or --muon-lr, or --dtype "
-                            "fp32, in another --out")
+                            "training has diverged; try a lower --lr or --muon-lr in another --out")
 
         lr = config.lr * lr_factor(config, self.done)
         self.done += 1
@@ -2037,8 +1996,8 @@ class Trainer:
         their mean. It does not depend on the schedule or on the weight of the training loss, so
         the validation losses of two runs can be compared."""
         keys = [keyed(0, "validation", i) for i in range(number)]
-        mel = torch.from_numpy(self.corpus.windows("mel", "valid", keys, self.corpus.window))
-        ctx, x0 = self.frames(mel)
+        mel = self.corpus.windows("mel", "valid", keys, self.corpus.window)
+        ctx, x0 = self.frames(torch.from_numpy(mel))
         eps = torch.stack([keyed_noise(0, "validation", i, x0.shape[1:], self.device)
                            for i in range(number)])
         size = self.config.micro_batch or self.config.batch_size // self.hardware.ranks
@@ -2090,25 +2049,25 @@ class Trainer:
             tools.set_optimizer_state_dict(self.model, self.optimizers, found["optimizer"],
                                            options=options)
         except (RuntimeError, KeyError):
-            raise UserError("its checkpoint is of another network or optimiser; choose another "
-                            "--out") from None
+            raise UserError("its checkpoint is of another network or optimiser") from None
 
 
 def check_run(config):
     """Raise UserError before work begins: about flags, folders, disk and memory."""
     device, dtype = decide(config)
-    if config.parallel == "fsdp":
-        if ranks()[1] == 1 or config.optimizer == "muon" or lab("fsdp") is None:
-            raise UserError("--parallel fsdp needs torchrun --nproc_per_node=8 cdslm.py ..., "
-                            "--optimizer adamw, and lab/fsdp.py beside cdslm.py")
-    if config.latent_dim and lab("latents") is None:
-        raise UserError("--latent-dim needs lab/latents.py beside cdslm.py")
+    if config.parallel == "fsdp" and (ranks()[1] == 1 or config.optimizer == "muon"):
+        raise UserError("--parallel fsdp needs torchrun and --optimizer adamw")
+    for needed, name in ((config.parallel == "fsdp", "fsdp"), (config.latent_dim, "latents")):
+        if needed and lab(name) is None:
+            raise UserError(f"these flags need lab/{name}.py beside cdslm.py")
     check_division(config, ranks()[1])
     data = places(config.data)
     config.data = "toy" if data == ["toy"] else data
     check_out(config)
     if plan := lab("plan"):
         plan.afford(config, device, dtype)
+    elif config.minutes:
+        print("(lab/plan.py is not here, so --minutes does not count)")
     return device, dtype
 
 
@@ -2116,19 +2075,17 @@ def train(config, trainer_of=Trainer, count=count, load_run=load_run, sample=sam
     """From a Config to a run folder with checkpoints and sound. The same Config resumes the run.
     Whoever trains another network (`lab/autoregressive.py`) brings what differs."""
     device, dtype = check_run(config)
+    process = lab("process")
     with together() as rank, contextlib.nullcontext() if rank else claim(config):
         announce(config, device, dtype, count)
         if rank:
             dist.barrier()                                    # rank 0 makes what the others open
         corpus = open_corpus(config)
-        if rank == 0:
-            own(config, corpus)
         autoencoder = open_autoencoder(config, corpus, device, dtype)
         if rank == 0 and dist.is_initialized():
             dist.barrier()
-        check_alike(corpus, autoencoder)
         trainer = trainer_of(config, corpus, autoencoder, device, dtype)
-        with interruptible(trainer.signals):
+        with process.attend(trainer) if process else contextlib.nullcontext():
             train_loop(trainer, Path(config.out))
         if trainer.stopping:
             print(f"stopped after step {trainer.done}; the same command goes on from there")
@@ -2137,26 +2094,6 @@ def train(config, trainer_of=Trainer, count=count, load_run=load_run, sample=sam
             del trainer                                       # its memory may be needed now
             gc.collect()
             listen(config.out, device, load_run, sample)
-
-
-def check_alike(corpus, autoencoder):
-    """Raise UserError unless all ranks have the same speech and decoder, as on a shared disk."""
-    if dist.is_initialized():
-        weights = [tensor.double().sum().item() for tensor in autoencoder.state_dict().values()]
-        found = [None] * ranks()[1]
-        dist.all_gather_object(found, (corpus.contents, *weights))
-        if len(set(found)) > 1:
-            raise UserError("the ranks see different speech or another autoencoder.pt; put --data, "
-                            "--out and CDSLM_CACHE on a disk that all nodes share")
-
-
-def own(config, corpus):
-    """Write into a new run folder whose it is; note if an old run's recordings have changed."""
-    path = Path(config.out) / "config.json"
-    if not path.exists():
-        write_config(config.out, config, corpus.contents)
-    elif read_json(path).get("speech", corpus.contents) not in ("", corpus.contents):
-        print("note: the recordings have changed since this run began")
 
 
 def announce(config, device, dtype, count=count):
@@ -2177,13 +2114,18 @@ def train_loop(trainer, folder):
         print(f"going on from step {trainer.done}")
     path = Path(os.devnull if trainer.rank else folder / "log.jsonl")
     if trainer.rank == 0:
-        write_config(folder, config, trainer.corpus.contents) # steps may have changed
+        speech = trainer.corpus.contents
+        if (folder / "config.json").exists():
+            if read_json(folder / "config.json").get("speech", speech) not in ("", speech):
+                print("note: the recordings have changed since this run began")
+        write_config(folder, config, speech)                  # steps may have changed
         rows = path.read_text().splitlines(True) if path.exists() else []
         with replacing(path) as temporary:
             temporary.write_text("".join(rows[:trainer.done]))                # a row a step
     frames_per_step = config.batch_size * trainer.corpus.window
     first, begun, shown = trainer.done, time.perf_counter(), {}
-    timed = config.minutes and config.lr_schedule == "wsd" and not dist.is_initialized()
+    plan = lab("plan")
+    pace = plan and plan.Pace(config, first)
 
     with (open(path, "a", buffering=1) as log,                # a row is written at once
           tqdm(initial=first, total=config.steps, desc="training", unit="step",
@@ -2192,15 +2134,9 @@ def train_loop(trainer, folder):
             if config.lr_schedule == "wsd" and trainer.done == decay_start(config.steps):
                 trainer.save(folder / "trunk.pt")             # a longer run resumes here
             row = trainer.step()
-
-            # After the first steps: how long will it take?
-            if trainer.done == first + WARM:
-                warm = time.perf_counter()
-            if trainer.done == first + TRIAL and first < TRIAL and timed:
-                keep_to_time(config, trainer.done, (time.perf_counter() - warm) / (TRIAL - WARM))
+            if pace and pace.shortens(trainer.done):
                 bar.total = config.steps
                 write_config(folder, config, trainer.corpus.contents)
-
             elapsed = time.perf_counter() - begun
             row["frames/s"] = (trainer.done - first) * frames_per_step / elapsed
             due = trainer.done == config.steps or trainer.done % config.eval_every == 0
@@ -2214,19 +2150,6 @@ def train_loop(trainer, folder):
             bar.update()
             if due or trainer.stopping or trainer.late:
                 trainer.save(folder / "checkpoint.pt")
-
-
-def keep_to_time(config, done, seconds):
-    """Reduce the steps of a run so that at `seconds` per step it ends `minutes` after its launch.
-    The decay of the learning rate follows the steps, so this is done once, early in the run."""
-    spent = (time.perf_counter() - LAUNCHED) / 60
-    # The rest is for validation, sound, and a machine that slows down.
-    affordable = (0.85 * config.minutes - spent) * 60 / seconds
-    if affordable < config.steps - done:
-        full = config.steps
-        config.steps = max(2 * done, int(done + affordable) // 100 * 100)
-        tqdm.write(f"{full} steps would take {full * seconds / 60:.0f} minutes here: training for "
-                   f"{config.steps} instead; for all of them add --steps {full}")
 
 
 def listen(folder, device="cpu", load_run=load_run, sample=sample, number=4):
@@ -2257,8 +2180,7 @@ GENERATING = functools.partial(tqdm, desc="generating", unit="window")
 
 def open_page(folder, config, *written):
     """Write the listening page, if the lab is there (see `lab.page.write_page`)."""
-    page = lab("page")
-    if page:
+    if page := lab("page"):
         page.write_page(folder, config, *written)
     else:
         print("(lab/page.py is not here, so no index.html is written)")
@@ -2291,8 +2213,7 @@ class Parser(argparse.ArgumentParser):
 
 def config_parser(description=__doc__):
     """A parser with a flag for every field of Config."""
-    parser = Parser(description)
-    group = parser
+    parser = group = Parser(description)
     for f in dataclasses.fields(Config):
         flag, help = "--" + f.name.replace("_", "-"), f.metadata["help"]
         if f.metadata["section"]:
@@ -2329,8 +2250,7 @@ def cli(main, resumable=False):
         raise KeyboardInterrupt(number)
 
     def fail(message):
-        rank, size = ranks()
-        who = f"rank {rank}: " if size > 1 else ""
+        who = f"rank {ranks()[0]}: " if ranks()[1] > 1 else ""
         print(f"error: {who}{printable(message)}", file=sys.stderr)
         sys.exit(2)
 
@@ -2352,13 +2272,12 @@ def cli(main, resumable=False):
 
 
 def main():
-    planning = {"--dry-run", "--print-params"} & set(sys.argv)
-    if not planning:
-        return train(parse())
-    plan = lab("plan")
-    if plan is None:
-        raise UserError(f"{planning.pop()} needs lab/plan.py beside cdslm.py")
-    plan.main()
+    if not {"--dry-run", "--print-params"} & set(sys.argv):
+        train(parse())
+    elif plan := lab("plan"):
+        plan.main()
+    else:
+        raise UserError("--dry-run and --print-params need lab/plan.py beside cdslm.py")
 
 
 if __name__ == "__main__":

@@ -11,12 +11,14 @@ import os
 import time
 
 import torch
+from tqdm import tqdm
 
-from cdslm import (STEPS, Config, Diffusion, MMDiT, UserError, autocast, check_division, cli,
-                   config_parser, count, decide, is_guided, levels, make_optimizers, ranks,
+from cdslm import (LAUNCHED, STEPS, Config, Diffusion, MMDiT, UserError, autocast, check_division,
+                   cli, config_parser, count, decide, is_guided, levels, make_optimizers, ranks,
                    role, to_config)
 
 KEPT = {torch.float32: 92, torch.bfloat16: 58}    # bytes per token and channel kept in a block
+WARM, TRIAL = 10, 40                  # the speed of a run is measured between these steps
 
 
 def memory(config, devices, device, dtype):
@@ -80,6 +82,39 @@ def afford(config, device, dtype):
         raise UserError(f"--size {config.size} needs {total:.3g} GiB on each device ({parts}), and "
                         f"this one has {there / 2 ** 30:.3g}; see --dry-run with --devices, "
                         "--parallel fsdp, --micro-batch")
+
+
+class Pace:
+    """The time limit of a run, --minutes: its first steps tell how long it would take. The decay of
+    the learning rate follows the number of steps, so they are reduced only once, early."""
+
+    def __init__(self, config, first):
+        self.config, self.first, self.warm = config, first, None
+        self.timed = config.minutes and config.lr_schedule == "wsd" and ranks()[1] == 1
+
+    def shortens(self, done):
+        """Whether the run gets fewer steps, now that `done` are done; it began after `first`."""
+        if done == self.first + WARM:
+            self.warm = time.perf_counter()
+        if done != self.first + TRIAL or self.first >= TRIAL or not self.timed:
+            return False
+        seconds = (time.perf_counter() - self.warm) / (TRIAL - WARM)
+        return keep_to_time(self.config, done, seconds)
+
+
+def keep_to_time(config, done, seconds):
+    """Reduce the steps of a run so that at `seconds` per step it ends `minutes` after its launch.
+    Returns whether they changed."""
+    spent = (time.perf_counter() - LAUNCHED) / 60
+    # The rest is for validation, sound, and a machine that slows down.
+    affordable = (0.85 * config.minutes - spent) * 60 / seconds
+    if affordable >= config.steps - done:
+        return False
+    full = config.steps
+    config.steps = max(2 * done, int(done + affordable) // 100 * 100)
+    tqdm.write(f"{full} steps would take {full * seconds / 60:.0f} minutes here: training for "
+               f"{config.steps} instead; for all of them add --steps {full}")
+    return True
 
 
 def facts(config, devices, tflops):

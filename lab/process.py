@@ -1,12 +1,18 @@
-"""process: what a program does to its own process before it begins: it goes on although nobody
-reads what it prints, and keeps the memory that it frees.
+"""process: how the programs live with the system around them.
 
-The reader of a pipe may go away (`| head`), the terminal may be closed, know only ASCII, or never
-have been there. Without the second, the sampler is slower by a third.
+They go on although nobody reads what they print: the reader of a pipe may go away (`| head`), the
+terminal may be closed, know only ASCII, or never have been there. They keep the memory that they
+free; without this the sampler is slower by a third. And a run in training that is asked to stop
+first finishes its step.
 """
 import contextlib
 import ctypes
+import signal
 import sys
+
+import torch.distributed as dist
+
+from cdslm import UserError, ranks
 
 
 class Unbreakable:
@@ -45,3 +51,41 @@ def prepare():
     """Make the output streams of this process unbreakable, and keep its memory."""
     keep_memory()
     sys.stdout, sys.stderr = Unbreakable(sys.stdout), Unbreakable(sys.stderr)
+
+
+@contextlib.contextmanager
+def interruptible(signals):
+    """Ctrl-C, SIGTERM and SIGUSR1 (of a batch system) are noted in `signals`; the training loop
+    then saves a checkpoint and ends. A second one stops at once, but not under torchrun, which
+    may send the same signal twice."""
+    def note(number, frame):
+        signals.append(number)
+        if len(signals) > 1 and not dist.is_initialized():
+            raise KeyboardInterrupt(number)
+
+    numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM)}
+    before = {number: signal.signal(number, note) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def check_alike(corpus, autoencoder):
+    """Raise UserError unless all ranks have the same speech and decoder, as on a shared disk."""
+    if dist.is_initialized():
+        weights = [tensor.double().sum().item() for tensor in autoencoder.state_dict().values()]
+        found = [None] * ranks()[1]
+        dist.all_gather_object(found, (corpus.contents, *weights))
+        if len(set(found)) > 1:
+            raise UserError("the ranks see different speech or another autoencoder.pt; put --data, "
+                            "--out and CDSLM_CACHE on a disk that all nodes share")
+
+
+@contextlib.contextmanager
+def attend(trainer):
+    """Around the training loop: signals are noted, and all ranks are alike."""
+    check_alike(trainer.corpus, trainer.autoencoder)
+    with interruptible(trainer.signals):
+        yield

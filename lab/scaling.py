@@ -34,12 +34,13 @@ from tqdm import tqdm
 
 import eval_pjsd
 from cdslm import (FRAME_RATE, Parser, Trainer, UserError, autocast, claim, cli, count, decay_start,
-                   decide, interruptible, lock, log_mel, open_autoencoder, open_corpus,
+                   decide, lock, log_mel, open_autoencoder, open_corpus,
                    parse as parse_config, ranks, reason, replacing, resume_point, sample,
                    write_config)
 from lab import laws
 from lab.listener import batched, load_listener, speak
 from lab.plan import seconds_a_step
+from lab.process import interruptible
 from lab.report import as_json, keep
 from lab.toyspeech import ToySpeech
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from cdslm import CACHE_VERSION, Clip, Source, pcm
+from cdslm import CACHE_VERSION, Clip, Source
 from lab.toyspeech import (
     HOP, RATE, STEP, STYLES, Language, ToySpeech, articulate, duration, intonate, vocalise)
 
@@ -273,7 +273,7 @@ def toy_source(config):
     count = max(2, round(config.toy_hours * 3600 / seconds))
 
     def read(number):
-        return pcm(torch.from_numpy(toy.utterance(number, seconds).wave))
+        return [torch.from_numpy(toy.utterance(number, seconds).wave)]
 
     clips = [Clip(f"utterance {i}", seconds, functools.partial(read, i)) for i in range(count)]
     bits = [f"{toy.entropy_per_phone(i):.2f}" for i in range(config.toy_languages)]

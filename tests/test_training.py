@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import cdslm
 from cdslm import Trainer, count, load, open_autoencoder, read_config, train
 from cdslm import UserError, load_audio, open_corpus
+from lab import plan
 from tests.test_checkpoints import newest
 from tests.conftest import ROOT, SMALL, command, flags, speech_like
 
@@ -356,9 +357,9 @@ def test_a_run_in_float32_multiplies_nothing_in_bf16(trainer, dtype):
 @pytest.mark.parametrize("seconds, steps", [(0.1, 4500), (0.2, 4500), (0.45, 2200), (60, 80)])
 def test_a_slow_machine_takes_fewer_steps(capsys, monkeypatch, seconds, steps):
     """Ten seconds were spent before. 20 minutes are enough for 4,500 steps of 0.2 s; twice the trial is the least."""
-    monkeypatch.setattr(cdslm, "LAUNCHED", time.perf_counter() - 10)
+    monkeypatch.setattr(plan, "LAUNCHED", time.perf_counter() - 10)
     config = cdslm.Config()
-    cdslm.keep_to_time(config, cdslm.TRIAL, seconds)
+    plan.keep_to_time(config, plan.TRIAL, seconds)
     assert config.steps == steps
     assert ("--steps 4500" in capsys.readouterr().out) == (steps < 4500)
 
@@ -366,7 +367,7 @@ def test_a_slow_machine_takes_fewer_steps(capsys, monkeypatch, seconds, steps):
 def test_a_shortened_run_stays_as_short(mute, small, monkeypatch, capsys):
     """The same command goes on with as many steps as it chose; --steps makes it longer."""
     monkeypatch.setitem(cdslm.SIZES, "tiny", cdslm.SIZES["tiny"] | dict(steps=60, minutes=1e-9))
-    monkeypatch.setattr(cdslm, "TRIAL", 12)
+    monkeypatch.setattr(plan, "TRIAL", 12)
     settings = dict(steps=None)
     train(small(**settings))
     assert "training for 24 instead" in capsys.readouterr().out
