@@ -1796,8 +1796,8 @@ def together():
     except RuntimeError as error:
         if "gloo" not in str(error) and not isinstance(error, dist.DistError):
             raise
-        raise UserError("another rank stopped; the same command goes on from the last checkpoint"
-                        ) from None
+        raise UserError("another rank stopped; the same command goes on from the last "
+                        "checkpoint") from None
     dist.destroy_process_group()
 
 
@@ -2081,6 +2081,8 @@ def train(config, trainer_of=Trainer, count=count, load_run=load_run, sample=sam
         if rank:
             dist.barrier()                                    # rank 0 makes what the others open
         corpus = open_corpus(config)
+        if rank == 0 and not (Path(config.out) / "config.json").exists():
+            write_config(config.out, config, corpus.contents) # now the folder is this run's
         autoencoder = open_autoencoder(config, corpus, device, dtype)
         if rank == 0 and dist.is_initialized():
             dist.barrier()
@@ -2115,9 +2117,8 @@ def train_loop(trainer, folder):
     path = Path(os.devnull if trainer.rank else folder / "log.jsonl")
     if trainer.rank == 0:
         speech = trainer.corpus.contents
-        if (folder / "config.json").exists():
-            if read_json(folder / "config.json").get("speech", speech) not in ("", speech):
-                print("note: the recordings have changed since this run began")
+        if read_json(folder / "config.json").get("speech", speech) not in ("", speech):
+            print("note: the recordings have changed since this run began")
         write_config(folder, config, speech)                  # steps may have changed
         rows = path.read_text().splitlines(True) if path.exists() else []
         with replacing(path) as temporary:

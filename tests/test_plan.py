@@ -36,7 +36,7 @@ def test_a_dry_run_says_what_the_paper_would_have_counted(capsys):
     facts = json.loads(said(capsys, "--size", "base", "--dry-run", "--json", "--devices", "8", "--tflops", "100"))
     assert facts["6ND"] == 6 * facts["parameters"] * facts["tokens"]
     assert facts["flops"] == facts["flops_per_step"] * 100_000 and facts["tokens"] == 100_000 * 64 * 800
-    assert facts["flops_per_window_spoken"] == pytest.approx(48 * facts["flops_per_step"] / 64 / 3, rel=0.01)
+    assert facts["flops_per_window_spoken"] == pytest.approx(2 * cdslm.STEPS * facts["flops_per_step"] / 64 / 3, rel=0.01)
     assert facts["days"] == pytest.approx(facts["flops"] / 8e14 / 86400)
 
 
