@@ -917,6 +917,7 @@ import shlex
 import shutil
 import signal
 import sys
+import threading
 import time
 import zipfile
 from collections.abc import Callable
@@ -1206,6 +1207,7 @@ def read_audio(path, start=0, stop=math.inf):
             end = math.ceil(min(file.frames, stop * rate))
             if not 8000 <= rate <= 192_000:
                 raise UserError(f"{path}: {rate} Hz is outside 8 to 192 kHz")
+            scale = full_scale(path, file.subtype, os.fstat(disk.fileno()).st_mtime_ns)
             for at in range(start * rate, end, 60 * rate):
                 # Minutes overlap by a second, so that resampling makes no edge between them.
                 before = min(at, rate)
@@ -1216,9 +1218,9 @@ def read_audio(path, start=0, stop=math.inf):
                 done = at + len(piece) - before
                 if done <= at:                                # the header promised more
                     break
-                if not (abs(piece) < 16).all():
-                    raise UserError(f"{path}: contains NaN, infinite or huge samples")
-                mono = torch.from_numpy(piece.clip(-1, 1).mean(1))
+                if not np.isfinite(piece).all():
+                    raise UserError(f"{path}: contains NaN or infinite samples")
+                mono = torch.from_numpy(to_mono((piece / scale).clip(-1, 1)))
                 samples = -(-min(60 * rate, len(piece) - before) * RATE // rate)
                 yield resample(mono, rate)[before * RATE // rate:][:samples]
 
@@ -1230,6 +1232,26 @@ def read_audio(path, start=0, stop=math.inf):
                 raise UserError(f"{path}: only its first {done / rate:.1f} s can be read")
     except (soundfile.SoundFileError, OSError, RuntimeError, ValueError) as error:
         raise UserError(f"{path}: not readable as audio ({reason(error)})") from None
+
+
+@functools.lru_cache(maxsize=64)
+def full_scale(path, subtype, modified):
+    """1, or 32768 for a file of floats that holds 16-bit integers. Remembered until the file is
+    `modified`, since a long recording is read in many parts."""
+    if subtype not in ("FLOAT", "DOUBLE"):
+        return 1
+    with open(path, "rb") as disk, soundfile.SoundFile(disk.fileno(), closefd=False) as file:
+        peak = max((np.abs(block).max() for block in file.blocks(2 ** 20)), default=0)
+    return 2 ** 15 if 16 < peak <= 2 ** 15 else 1
+
+
+def to_mono(samples):
+    """(N, channels) -> (N,): the mean; the loudest channel where channels cancel each other, as in
+    stereo of opposite phase."""
+    mono, power = samples.mean(1), (samples ** 2).mean(0)
+    if (mono ** 2).mean() < 0.05 * power.max():
+        return samples[:, power.argmax()].copy()
+    return mono
 
 
 def load_audio(path):
@@ -1267,6 +1289,17 @@ def replacing(path, keep=None):
         raise UserError(f"{path} could not be written ({why}); the old file is kept") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_room(path, size, purpose):
+    """Raise UserError if `size` more bytes don't fit on the disk where `path` is, or will be."""
+    path = Path(path).absolute()
+    while not path.exists():
+        path = path.parent
+    free = shutil.disk_usage(path).free
+    if size > free:
+        raise UserError(f"{path} has {free / 2 ** 30:.2f} GiB free, but {size / 2 ** 30:.2f} are "
+                        f"needed for {purpose}")
 
 
 def lock(path, wait=False):
@@ -1317,29 +1350,40 @@ def places(data):
     for name in [data] if isinstance(data, str) else data:
         if name == "toy" and lab("topics") is None:
             raise UserError("--data toy needs lab/toyspeech.py beside cdslm.py; or give a folder")
-        path = Path(name).expanduser()
-        if name != "toy" and not (name and path.exists()):
+        path = os.path.expanduser(name)
+        named = [path] if os.path.exists(path) else sorted(glob.glob(path))
+        if name != "toy" and not named:
             raise UserError(f"--data {name}: no such folder")
-        found.append(name if name == "toy" else os.path.realpath(path))
+        found += ["toy"] if name == "toy" else map(os.path.realpath, named)
     inside = [place for place in found if set(map(str, Path(place).parents)) & set(found)]
     return [place for place in dict.fromkeys(found) if place not in inside]
 
 
-def find_recordings(folder):
+def find_recordings(root, skipped):
     """Audio files under a folder, at any depth; links are followed. Each file once, and none of a
-    run folder."""
-    found = {}
-    for path in map(Path, sorted(glob.glob(f"{glob.escape(folder)}/**", recursive=True))):
-        is_audio = path.suffix.lower() in AUDIO_FILES and path.is_file()
-        if is_audio and not (path.parent / "log.jsonl").exists():
-            found.setdefault(path.resolve(), path)
-    return list(found.values())
+    run folder. A folder that may not be read is `skipped`."""
+    found, seen = {}, set()
+
+    def closed(error):
+        skipped[printable(os.path.relpath(error.filename, root))] = error.strerror
+
+    for parent, folders, names in os.walk(root, onerror=closed, followlinks=True):
+        place = os.path.realpath(parent)
+        if place in seen or "log.jsonl" in names:
+            folders.clear()                                   # links may run in a circle
+            continue
+        seen.add(place)
+        folders.sort()                                        # of two links, the same one always
+        for path in (Path(parent, name) for name in sorted(names)):
+            if path.suffix.lower() in AUDIO_FILES and path.is_file():
+                found.setdefault(path.resolve(), path)
+    return sorted(found.values())
 
 
 def folder_source(place):
     """A folder of recordings, searched to any depth, or one recording, as a Source."""
     root, clips, skipped, contents = Path(place), [], {}, [str(CACHE_VERSION)]
-    files = find_recordings(place)
+    files = find_recordings(place, skipped)
     if root.is_file():
         root, files = root.parent, [root]
     for path in files:
@@ -1369,7 +1413,10 @@ def folder_source(place):
 
 def cache_root():
     """Where corpora are cached: $CDSLM_CACHE, or ~/.cache/cdslm."""
-    return Path(os.environ.get("CDSLM_CACHE") or Path.home() / ".cache" / "cdslm")
+    try:
+        return Path(os.environ.get("CDSLM_CACHE") or Path.home() / ".cache" / "cdslm")
+    except RuntimeError:
+        raise UserError("there is no home folder for the cache; set CDSLM_CACHE to one") from None
 
 
 def build_cache(source):
@@ -1388,6 +1435,9 @@ def build_cache(source):
         folder.mkdir(parents=True, exist_ok=True)
         with lock(folder / ".lock", wait=True), ThreadPoolExecutor(os.cpu_count()) as pool:
             missing = [stem for stem in plan if not open_shard(stem)]         # still
+            seconds = sum(clip.seconds for stem in missing for clip in plan[stem])
+            check_room(folder, seconds * (2 * RATE + 2 * MELS * FRAME_RATE),
+                       "the cache; CDSLM_CACHE moves it")
             for stem in tqdm(missing, desc=f"caching speech in {folder}", unit="half hour"):
                 build_shard(stem, source, plan[stem], pool)
     except OSError as error:
@@ -1543,10 +1593,16 @@ def open_corpus(config):
     """Build or find the cache of each of `config.data` and return the Corpus of all."""
     sources = [lab("topics").toy_source(config) if place == "toy" else folder_source(place)
                for place in places(config.data)]
+    window = config.ctx_frames + config.gen_frames
+    # Is there enough speech, as far as file headers tell?
+    clips = [clip for source in sources for clip in source.clips]
+    frames = [int(clip.seconds * FRAME_RATE) for clip in clips]
+    starts = np.cumsum([0, *frames])
+    split([(c.name, c.minute, 0, start, n) for c, start, n in zip(clips, starts, frames)], window)
+
     contents = fingerprint(" ".join(fingerprint(source.contents) for source in sources))
     shards = [shard for source in sources for shard in build_cache(source)]
-    corpus = Corpus(shards, config.ctx_frames + config.gen_frames, contents)
-
+    corpus = Corpus(shards, window, contents)
     for source in sources:
         corpus.skipped |= source.skipped
     if corpus.skipped:
@@ -1555,8 +1611,10 @@ def open_corpus(config):
               "Convert them: ffmpeg -i FILE FILE.flac")
     hours = sum(len(shard["mel"]) for shard in shards) / FRAME_RATE / 3600
     train, valid = corpus.hours("train"), corpus.hours("valid")
-    print(f"{hours:.2f} hours of speech: {train:.2f} for training, {valid:.2f} for validation; "
-          f"{corpus.mel_stats()[2]} of {MELS} mel bands are alive")
+    unused = hours - train - valid
+    print(f"{train:.2f} hours of speech for training, {valid:.2f} for validation"
+          + (f", {unused:.2f} in pieces shorter than a window" if unused > 0.005 else "")
+          + f"; {corpus.mel_stats()[2]} of {MELS} mel bands are alive")
     return corpus
 
 
@@ -1637,8 +1695,8 @@ def method_fingerprint(path=__file__):
 
 
 def check_out(config):
-    """Raise UserError unless the run folder is new, or of this configuration and method. A run that
-    was shortened to fit `minutes` stays as short."""
+    """Raise UserError unless the run folder is new, or of this configuration and method, with room
+    for its checkpoints. A run that was shortened to fit `minutes` stays as short."""
     folder = Path(config.out)
     if not config.out.isprintable():                          # torch opens no such file
         raise UserError(f"--out {folder}: its name is not valid UTF-8; choose another")
@@ -1657,6 +1715,9 @@ def check_out(config):
             config.steps = saved.steps
     elif foreign := [*folder.glob("log.jsonl"), *folder.glob("[1-4]_*.wav")]:
         raise UserError(f"--out {folder} holds {foreign[0].name}, but no run; choose another --out")
+    there = sum(path.stat().st_size for path in folder.glob("*.pt"))
+    size = 4 * 16 * count(config)["parameters"] - there       # four checkpoints
+    check_room(folder, size, "its checkpoints; choose another --out")
 
 
 def claim(config):
@@ -1731,6 +1792,10 @@ def load_run(folder, device="cpu", network=MMDiT):
 # 13. Devices: one of any kind, or many under torchrun, which starts this program once per device.
 # Each process is a rank and computes its share of every batch; rank 0 writes.
 
+ISA_WITHOUT_BF16 = set("SSE41 AVX AVX2 AVX2_VNNI AVX2_VNNI_2 AVX512_CORE AVX512_CORE_VNNI".split())
+WAIT = 10                             # seconds, before a rank says that it waits for the others
+
+
 def decide(config):
     """(device, dtype) from flags and machine. Raises UserError if the device isn't there."""
     name = config.device
@@ -1760,6 +1825,10 @@ def multiplies_bf16(device):
     as in float32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
+    # torch and oneDNN may be told to use older instruction sets only.
+    capped = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in ISA_WITHOUT_BF16
+    if capped or torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2"):
+        return False
     has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return device.type == "cpu" and has_bf16
 
@@ -1788,7 +1857,13 @@ def together():
     if size == 1:
         yield rank
         return
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    waiting = threading.Timer(WAIT, print, kwargs=dict(flush=True), args=[
+        f"rank {rank} of {size} waits for the others at {where}; if none were started, unset RANK"])
+    waiting.daemon = True
+    waiting.start()
     dist.init_process_group(timeout=datetime.timedelta(days=1))       # caching may take long
+    waiting.cancel()
     if rank:
         sys.stdout = open(os.devnull, "w")
     try:

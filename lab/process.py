@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import signal
 import sys
+import threading
 
 import torch.distributed as dist
 
@@ -58,6 +59,10 @@ def interruptible(signals):
     """Ctrl-C, SIGTERM and SIGUSR1 (of a batch system) are noted in `signals`; the training loop
     then saves a checkpoint and ends. A second one stops at once, but not under torchrun, which
     may send the same signal twice."""
+    if threading.current_thread() is not threading.main_thread():
+        yield                                                 # no other thread gets signals
+        return
+
     def note(number, frame):
         signals.append(number)
         if len(signals) > 1 and not dist.is_initialized():

@@ -6,6 +6,7 @@ import soundfile
 import torch
 
 import cdslm as room
+from types import SimpleNamespace
 from cdslm import Config
 from cdslm import HOP, RATE, UserError, keyed, keyed_noise, log_mel, open_corpus
 from lab.topics import toy_source
@@ -200,6 +201,13 @@ def test_too_little_speech_is_a_users_error(corpus, folder):
         corpus()
 
 
+def test_too_little_speech_is_said_before_any_is_cached(corpus, folder, cache, monkeypatch):
+    monkeypatch.setattr("cdslm.build_cache", lambda source: pytest.fail("cached in vain"))
+    record(folder, "a.wav", 2)
+    with pytest.raises(UserError, match="too little speech"):
+        corpus()
+
+
 @pytest.mark.parametrize("size, seconds", [("tiny", 20), ("small", 20), ("base", 50)])
 def test_toy_utterances_are_longer_than_the_window(size, seconds):
     """A window of 40 s can begin anywhere in the first 10."""
@@ -207,6 +215,12 @@ def test_toy_utterances_are_longer_than_the_window(size, seconds):
     assert {clip.seconds for clip in source.clips} == {seconds}
     assert sum(clip.seconds for clip in source.clips) == pytest.approx(3600, rel=0.01)
     assert source.name.endswith(f"x{seconds}s")
+
+
+def test_a_disk_without_room_for_the_cache_is_said_first(small, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10 ** 6))
+    with pytest.raises(UserError, match="0.00 GiB free, .* are needed for the cache"):
+        open_corpus(small(toy_hours=0.06))
 
 
 def test_one_recording_twice_is_too_little_speech(small, tmp_path):

@@ -1,6 +1,8 @@
 import json
+import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ import torch
 import cdslm
 from lab import plan
 from cdslm import ROLES, Config, Diffusion, MMDiT, UserError
-from tests.conftest import ROOT
+from tests.conftest import ROOT, command
 
 def said(capsys, *words):
     """What `python cdslm.py WORDS` prints."""
@@ -71,6 +73,15 @@ def test_what_is_announced_tells_why_it_is_float32(monkeypatch, small, capsys):
         assert ("no bf16 in hardware" in capsys.readouterr().out) == (not hardware)
 
 
+@pytest.mark.parametrize("cap", [
+    {"ATEN_CPU_CAPABILITY": "avx2"}, pytest.param({"ONEDNN_MAX_CPU_ISA": "AVX2"}, marks=pytest.mark.slow),
+    pytest.param({"ONEDNN_MAX_CPU_ISA": "avx512_core"}, marks=pytest.mark.slow)])
+def test_instruction_sets_that_may_not_be_used_do_not_count(cap):
+    """The processor may have bf16: the libraries have been told not to use it."""
+    done = command("cdslm.py", "--dry-run", "--json", "--device", "cpu", env=os.environ | cap)
+    assert json.loads(done.stdout)["dtype"] == "float32"
+
+
 def test_shards_and_checkpoints_take_less():
     gpu = torch.device("cuda")
     def need(**changes):
@@ -84,8 +95,12 @@ def test_shards_and_checkpoints_take_less():
     assert copied["optimiser"] == pytest.approx(8 * 1.01e9 / 2 ** 30, rel=0.03)
 
 
-def test_a_model_too_large_for_the_machine_is_a_users_error(tmp_path):
+def test_a_model_too_large_for_the_machine_is_a_users_error(tmp_path, monkeypatch):
+    """After what its checkpoints need: 1 TB."""
     config = Config(size="16b", out=str(tmp_path / "run"), device="cpu")
+    with pytest.raises(UserError, match="are needed for its checkpoints"):
+        cdslm.train(config)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10 ** 13))
     with pytest.raises(UserError) as error:
         cdslm.train(config)
     assert not (tmp_path / "run").exists()

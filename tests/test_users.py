@@ -5,6 +5,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -139,7 +140,7 @@ def test_what_is_announced_is_what_can_be_used(small, tmp_path, capsys):
     corpus = open_corpus(small(data=str(tmp_path / "recs")))
     used = {split: corpus.runs[split][corpus.runs[split][:, 2] >= 96, 2].sum() / 80 for split in ("train", "valid")}
     assert corpus.hours("train") * 3600 == pytest.approx(used["train"]) and sum(used.values()) <= 100
-    assert "0.04 hours of speech: " in capsys.readouterr().out
+    assert "0.02 in pieces shorter than a window" in capsys.readouterr().out
 
 
 def test_long_clips_are_never_joined(small, tmp_path):
@@ -202,10 +203,19 @@ def test_linked_folders_are_searched_and_loops_end(small, recordings, tmp_path):
     assert sum(len(shard["mel"]) for shard in corpus.shards) == (10 * 20 + 30) * 80
 
 
-def test_floats_in_the_scale_of_integers_are_refused(tmp_path):
-    soundfile.write(tmp_path / "x.wav", 32767 * speech_like(2, 24_000), 24_000, subtype="FLOAT")
-    with pytest.raises(UserError, match="huge samples"):
-        load_audio(tmp_path / "x.wav")
+def test_stereo_in_opposite_phase_is_not_silence(tmp_path):
+    wave = speech_like(2, 24_000)
+    soundfile.write(tmp_path / "x.wav", np.stack([wave, -wave], 1), 24_000)
+    assert load_audio(tmp_path / "x.wav").std() == pytest.approx(wave.std(), rel=0.01)
+
+
+@pytest.mark.parametrize("scale, expected", [(1, 1), (32767, 1), (0.1, 0.1), (2.0, None)])
+def test_floats_in_the_scale_of_integers_are_not_clipped(tmp_path, scale, expected):
+    wave = speech_like(2, 24_000)
+    soundfile.write(tmp_path / "x.wav", wave * scale, 24_000, subtype="FLOAT")
+    found = load_audio(tmp_path / "x.wav")
+    expected = np.clip(wave * scale, -1, 1).std() if expected is None else wave.std() * expected
+    assert found.std() == pytest.approx(expected, rel=0.01)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -347,8 +357,11 @@ def test_one_file_is_data_too(small, tmp_path):
     assert open_corpus(small(data=str(path))).hours("train") > 0.02
 
 
-def test_an_empty_data_is_not_the_working_folder(small):
-    """As of a variable that was not set."""
+def test_a_glob_is_data_too_and_nothing_is_not(small, recordings, monkeypatch):
+    monkeypatch.chdir(recordings)
+    assert len(cdslm.places("[0-3]*.wav")) == 4
+    record(recordings / "old [0-3]/a.wav", 1)
+    assert cdslm.places("old [0-3]") == [str(recordings / "old [0-3]")]
     with pytest.raises(UserError, match="no such folder"):
         train(small(data=""))
 
@@ -370,6 +383,39 @@ def test_variables_left_over_from_a_launcher_do_not_count(mute, small, monkeypat
         monkeypatch.setenv(name, value)
     train(small(steps=1))
     assert cdslm.ranks() == (0, 1)
+
+
+def test_a_rank_alone_says_that_it_waits(monkeypatch, capsys):
+    """All variables of a launcher are there, but no other rank is."""
+    for name, value in dict(RANK="3", WORLD_SIZE="4", MASTER_ADDR="here", MASTER_PORT="1234").items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(cdslm, "WAIT", 0.01)
+    monkeypatch.setattr(cdslm.dist, "init_process_group", lambda **_: time.sleep(0.3) or 1 / 0)
+    with pytest.raises(ZeroDivisionError), cdslm.together():
+        pass
+    assert "rank 3 of 4 waits for the others at here:1234" in capsys.readouterr().out
+
+
+def test_without_a_home_it_says_what_to_set(monkeypatch):
+    monkeypatch.delenv("CDSLM_CACHE")
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    with pytest.raises(UserError, match="set CDSLM_CACHE"):
+        cdslm.cache_root()
+
+
+def test_it_trains_in_a_thread(mute, small, tmp_path):
+    errors = []
+
+    def work():
+        try:
+            train(small(steps=2))
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert not errors and load(tmp_path / "run/checkpoint.pt")["step"] == 2
 
 
 def test_what_a_notebook_hands_over(small, tmp_path):
