@@ -1997,7 +1997,7 @@ class Trainer:
         if dist.is_initialized() and config.parallel == "ddp":
             # Weights that only self-conditioning uses have no gradient in the other steps.
             self.network = DistributedDataParallel(
-                self.model, gradient_as_bucket_view=True,
+                self.model, gradient_as_bucket_view=True, broadcast_buffers=False,
                 find_unused_parameters=config.self_condition > 0)
         if config.compile:
             torch._dynamo.config.suppress_errors = True       # where it fails, go on without
@@ -2181,6 +2181,9 @@ def announce(config, device, dtype, count=count):
     print(f"{config.size}: {size['parameters'] / 1e6:.2f} M parameters on {ranks()[1]} x {device} "
           f"in {precision}; {config.steps} steps of {config.batch_size} windows of "
           f"{size['tokens']} tokens, {size['flops'] * config.batch_size / 1e9:.3g} GFLOP per step")
+    if device.type == "cpu" and not torch.version.cuda and shutil.which("nvidia-smi"):
+        print("note: there is an NVIDIA GPU, but this torch was built without CUDA; pip install "
+              "torch --force-reinstall --index-url https://download.pytorch.org/whl/cu126")
 
 
 def train_loop(trainer, folder):

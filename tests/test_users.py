@@ -510,3 +510,11 @@ def test_an_output_folder_gets_files_with_names(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["sample.py", str(trained[0]), "--num", "3", "--out", f"{tmp_path}/", "--steps", "1"])
     program.main()
     assert sorted(path.name for path in tmp_path.glob("*.wav")) == [f"continued-{i}.wav" for i in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("version, found", [(None, True), ("12.6", False)])
+def test_a_gpu_that_this_torch_cannot_use_is_noted(small, monkeypatch, capsys, version, found):
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(torch.version, "cuda", version)
+    cdslm.announce(small(), torch.device("cpu"), torch.float32)
+    assert ("built without CUDA" in capsys.readouterr().out) == found
