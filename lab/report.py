@@ -119,7 +119,8 @@ def page(report):
               f"{found['nearer']:.0%} of the time")
         if "nearer_than_heldout" in found:
             print(f"of generated clips, {found['nearer_than_heldout']:.0%} are nearer to training "
-                  "speech than to as much held-out speech (50 %: nothing learned by heart)")
+                  "speech than to as much held-out speech; of true continuations, "
+                  f"{found['true_nearer_than_heldout']:.0%}")
         if found["flagged"]:
             print("FLAGGED: it may repeat what it learned from")
     for name, values in report.get("decided", {}).items():

@@ -9,12 +9,14 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from cdslm import HOP, UserError, sample
+from cdslm import FRAME_RATE, HOP, UserError, sample
 from lab.listener import batched, speak
 from lab.topics import toy_speech
 from lab.toyspeech import ToySpeech
 
-CONTEXTS, REFERENCE = 1_000_000, 2_000_000     # first toy utterances; training stops far below
+# First toy utterances; training stops far below.
+CONTEXTS, REFERENCE, HELDOUT = 1_000_000, 2_000_000, 5_000_000
+HELDOUT_COUNT, HELDOUT_FRAMES = 30, 20 * FRAME_RATE           # of toy speech
 
 
 @dataclass
@@ -23,7 +25,7 @@ class Sides:
     context: torch.Tensor              # held-out contexts
     true: torch.Tensor                 # what follows them in truth
     reference: torch.Tensor            # other speech, three times as much
-    heldout: torch.Tensor              # speech that the run did not see, at most as much
+    heldout: torch.Tensor              # speech that the run did not see
     frames: torch.Tensor               # contexts with what follows, encoded: (B, T, C)
     toy: ToySpeech | None = None
     spoken: list = field(default_factory=list)                # truth of `true`
@@ -39,14 +41,15 @@ def check(arguments):
         raise UserError("--minutes and --steps must be more than 0, --cfg a number")
 
 
-def windows(corpus, split, frames, count):
-    """At most `count` windows from all over a corpus, of which no two overlap: (B, N)."""
+def windows(corpus, kind, split, frames, count):
+    """At most `count` windows from all over a corpus, of which no two overlap, as `Corpus.windows`
+    gives them."""
     keys, first = [], 0
     for end in corpus.ends(split, frames).tolist():
         keys += range(first, end, frames)
         first = end
     keys = np.random.default_rng(0).permutation(keys)[:count]
-    return torch.from_numpy(corpus.windows("audio", split, keys, frames))
+    return torch.from_numpy(corpus.windows(kind, split, keys, frames))
 
 
 def real_sides(config, corpus, autoencoder, count):
@@ -58,11 +61,12 @@ def real_sides(config, corpus, autoencoder, count):
         toy = toy_speech(config)
         waves, spoken = speak(toy, CONTEXTS, count, n + m, "contexts", context=n)
         reference, referents = speak(toy, REFERENCE, 3 * count, m, "reference")
-        heldout = reference
+        # As utterances of the training speech are: each speaker speaks for 20 s.
+        heldout, _ = speak(toy, HELDOUT, HELDOUT_COUNT, HELDOUT_FRAMES, "held-out")
     else:
-        waves = windows(corpus, "valid", n + m, count)
-        reference = windows(corpus, "train", m, 3 * count)
-        heldout = windows(corpus, "valid", m, 3 * count)
+        waves = windows(corpus, "audio", "valid", n + m, count)
+        reference = windows(corpus, "audio", "train", m, 3 * count)
+        heldout = windows(corpus, "audio", "valid", m, 3 * count)
 
     device = autoencoder.mel_stats.device
     frames = batched(lambda part: autoencoder.encode(part.to(device)), waves)

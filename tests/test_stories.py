@@ -343,12 +343,12 @@ def frame_numbers(waves):
 @pytest.mark.parametrize("split", ["train", "valid"])
 def test_windows_that_are_judged_do_not_overlap(numbered, split):
     """None lies in two recordings, and there are as many as there can be."""
-    found = frame_numbers(windows(numbered, split, 30, 10_000))
+    found = frame_numbers(windows(numbered, "audio", split, 30, 10_000))
     runs = numbered.runs[split]
     assert len(found) == (runs[:, 2] // 30).sum() > 10 and len(np.unique(found)) == found.size
     rows = np.searchsorted(runs[:, 1], found[:, 0], side="right") - 1
     assert (np.diff(found) == 1).all() and (found[:, -1] < runs[rows, 1] + runs[rows, 2]).all()
-    assert (frame_numbers(windows(numbered, split, 30, 7)) == found[:7]).all()
+    assert (frame_numbers(windows(numbered, "audio", split, 30, 7)) == found[:7]).all()
 
 
 def test_held_out_windows_come_from_the_stories_that_are_named(numbered):
