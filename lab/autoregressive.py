@@ -81,8 +81,7 @@ def count_arm(arm, config):
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return {"parameters": parameters,
             "tokens": (config.ctx_frames + config.gen_frames) // config.patch_size,
-            "flops": plain + config.self_condition * guess, "flops_guess": guess,
-            "flops_tokeniser": tokeniser}
+            "flops": plain + config.self_condition * guess, "flops_tokeniser": tokeniser}
 
 
 class ArmTrainer(Trainer):

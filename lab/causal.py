@@ -59,7 +59,8 @@ class CausalBlock(nn.Module):
         """x (B, T, d) and keys and values of what came before -> x, updated, and keys and values
         (B, H, S, D) of all S positions so far."""
         qkv = self.qkv(norm(x))
-        qkv = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)   # (3, B, H, T, D)
+        qkv = qkv.unflatten(-1, (3, self.heads, -1))                          # (B, T, 3, H, D)
+        qkv = qkv.permute(2, 0, 3, 1, 4)                                      # (3, B, H, T, D)
         qk, v = qkv[:2], qkv[2]
         q, k = rotate(norm(qk), cos, sin)
         if past:
@@ -67,7 +68,8 @@ class CausalBlock(nn.Module):
             v = torch.cat([past[1], v], dim=2)
 
         attended = causal_attention(q, k, v)                                  # (B, H, T, D)
-        x = x + residual * self.out(attended.transpose(1, 2).flatten(2))
+        attended = attended.transpose(1, 2).flatten(2)                        # (B, T, d)
+        x = x + residual * self.out(attended)
         hidden = F.gelu(self.up(norm(x)))
         return x + residual * self.down(hidden), (k, v)
 
@@ -82,8 +84,8 @@ class Trunk(nn.Module):
     def forward(self, x, past=None):
         start = past[0][0].shape[2] if past else 0
         head = x.shape[-1] // self.blocks[0].heads
-        angles = rotary(start + x.shape[1], head, x.device)
-        cos, sin = [table[start:].to(x.dtype) for table in angles]
+        cos, sin = rotary(start + x.shape[1], head, x.device)
+        cos, sin = cos[start:].to(x.dtype), sin[start:].to(x.dtype)
         residual = 1 / (len(self.blocks) / BASE_DEPTH)                        # CompleteP
         past = past or [None] * len(self.blocks)
         present = []
@@ -130,21 +132,26 @@ class CodeHead(nn.Module):
     def forward(self, h, codes):
         """h (N, d), true codes (N, K) -> logits (N, K, 625)."""
         views = self.enter(h).unflatten(1, (self.per_position, -1))           # (N, K, w)
-        previous = self.embed(codes[:, :-1] + self.offsets[:-1])              # (N, K - 1, w)
-        x, _ = self.trunk(views + F.pad(previous, (0, 0, 1, 0)))
+        before = codes[:, :-1] + self.offsets[:-1]                            # (N, K - 1)
+        previous = F.pad(self.embed(before), (0, 0, 1, 0))                    # (N, K, w)
+        x, _ = self.trunk(views + previous)
         x = x.unflatten(1, (-1, self.groups))                                 # (N, K/G, G, w)
-        logits = [leave(x[:, :, group]) for group, leave in enumerate(self.leave)]
-        return torch.stack(logits, dim=2).flatten(1, 2)
+        logits = [leave(part) for leave, part in zip(self.leave, x.unbind(2))]
+        logits = torch.stack(logits, dim=2)                                   # (N, K/G, G, 625)
+        return logits.flatten(1, 2)
 
     def draw(self, h, u, temperature):
         """h (N, d), uniform u (N, K) -> codes (N, K)."""
         views = self.enter(h).unflatten(1, (self.per_position, -1))
         codes, previous, past = [], 0, None
         for i in range(self.per_position):
-            x, past = self.trunk(views[:, i:i + 1] + previous, past)          # (N, 1, w)
-            logits = self.leave[i % self.groups](x[:, 0]).float()
+            view = views[:, i:i + 1]                                          # (N, 1, w)
+            x, past = self.trunk(view + previous, past)
+            leave = self.leave[i % self.groups]
+            logits = leave(x[:, 0]).float()                                   # (N, 625)
             code = choose(logits / temperature, u[:, i])
-            previous = self.embed(code + self.offsets[i])[:, None]
+            previous = self.embed(code + self.offsets[i])                     # (N, w)
+            previous = previous[:, None]
             codes.append(code)
         return torch.stack(codes, dim=1)
 
@@ -179,9 +186,11 @@ class CodeModel(nn.Module):
 
     def loss(self, diffusion_loss, x0, ctx, *unused):
         """Mean negative log likelihood, in nats, of the codes of x0 (B, T, C) after ctx: (B,)."""
-        codes = self.tokeniser.encode(torch.cat([ctx, x0], dim=1))
+        frames = torch.cat([ctx, x0], dim=1)
+        codes = self.tokeniser.encode(frames)
         h, _ = self(codes[:, :-1])
-        known = h[:, self.given - 1:].flatten(0, 1)                           # (B P, d)
+        known = h[:, self.given - 1:]                                         # (B, P, d)
+        known = known.flatten(0, 1)                                           # (B P, d)
         targets = codes[:, self.given:]                                       # (B, P, K)
         logits = self.head(known, targets.flatten(0, 1))                      # (B P, K, 625)
         logits = logits.flatten(0, 1).float()
@@ -190,20 +199,23 @@ class CodeModel(nn.Module):
 
     def errors(self, x0, ctx, eps, angles):
         """Nats a code (B, angles), the same at every noise angle: there is no noise."""
-        return self.loss(None, x0, ctx)[:, None].expand(-1, len(angles))
+        losses = self.loss(None, x0, ctx)                                     # (B,)
+        return losses[:, None].expand(-1, len(angles))
 
     def continuation(self, ctx, noise, temperature, **unused):
         """ctx (B, Tc, C), standard normal noise (B, T, C) -> frames (B, T, C)."""
         codes = self.tokeniser.encode(ctx)                                    # (B, P, K)
         noise = noise.unflatten(1, (-1, self.patch_size)).flatten(2)          # (B, T/k, k C)
-        u = torch.special.ndtr(noise[..., :codes.shape[2]])                   # uniform
+        noise = noise[..., :codes.shape[2]]                                   # (B, T/k, K)
+        u = torch.special.ndtr(noise)                                         # uniform
         h, past = self(codes)
         for part in u.unbind(1):
             drawn = self.head.draw(h[:, -1], part, temperature)
             drawn = drawn[:, None]                                            # (B, 1, K)
             codes = torch.cat([codes, drawn], dim=1)
             h, past = self(drawn, past)
-        return self.tokeniser.decode(codes)[:, ctx.shape[1]:]
+        frames = self.tokeniser.decode(codes)
+        return frames[:, ctx.shape[1]:]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -266,7 +278,8 @@ class FrameModel(nn.Module):
         (B P, d)."""
         frames = torch.cat([ctx, history], dim=1)
         h, _ = self(frames[:, :-self.patch_size])             # the last position comes before none
-        return h[:, self.given - 1:].flatten(0, 1)
+        known = h[:, self.given - 1:]                                         # (B, P, d)
+        return known.flatten(0, 1)
 
     def positions(self, frames):
         """(B, T, C) -> (B P, k, C)."""
@@ -293,7 +306,8 @@ class FrameModel(nn.Module):
             xt = math.cos(phi) * targets + math.sin(phi) * noise
             error = guided(self.head, h, 1, xt, phi, None) - targets
             error = error.square().mean((1, 2))                               # (B P,)
-            errors.append(error.unflatten(0, (len(x0), -1)).mean(1))
+            error = error.unflatten(0, (len(x0), -1))                         # (B, P)
+            errors.append(error.mean(1))
         return torch.stack(errors, dim=1)
 
     def continuation(self, ctx, noise, steps, cfg, **unused):
@@ -310,7 +324,8 @@ class FrameModel(nn.Module):
             predict = functools.partial(guided, self.head, known, cfg)
             x0 = dpm_solver(predict, eps, levels(self.config, steps))         # (B, k, C)
             frames.append(x0)
-            h, past = self(x0.repeat(len(contexts) // count, 1, 1), past)
+            x0 = x0.repeat(len(contexts) // count, 1, 1)      # guided: also after silence
+            h, past = self(x0, past)
         return torch.cat(frames, dim=1)
 
 
@@ -318,4 +333,6 @@ def new_model(arm, config):
     """An untrained model of any arm."""
     if arm == "A":
         return MMDiT(config)
-    return FrameModel(config) if arm == "C" else CodeModel(config, TOKENS[arm])
+    if arm == "C":
+        return FrameModel(config)
+    return CodeModel(config, TOKENS[arm])

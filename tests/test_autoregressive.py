@@ -247,7 +247,8 @@ def test_flops_are_those_of_the_operations(config, arm):
     d, positions = 64, 11                                     # of 12, the last one is not read
     assert two["flops"] - one["flops"] == 6 * (12 * d ** 2 * positions + 2 * d * positions ** 2)
     assert two["parameters"] - one["parameters"] == 12 * d ** 2
-    assert (one["flops_guess"] > 0) == (arm == "C") and (one["flops_tokeniser"] > 0) == (arm != "C")
+    never = ar.count_arm(arm, dataclasses.replace(config, self_condition=0.0))
+    assert (one["flops"] > never["flops"]) == (arm == "C") and (one["flops_tokeniser"] > 0) == (arm != "C")
     assert one["tokens"] == 12
 
 
