@@ -1997,7 +1997,7 @@ class Trainer:
         if dist.is_initialized() and config.parallel == "ddp":
             # Weights that only self-conditioning uses have no gradient in the other steps.
             self.network = DistributedDataParallel(
-                self.model, gradient_as_bucket_view=True, broadcast_buffers=False,
+                self.model, gradient_as_bucket_view=True,
                 find_unused_parameters=config.self_condition > 0)
         if config.compile:
             torch._dynamo.config.suppress_errors = True       # where it fails, go on without
