@@ -1383,9 +1383,10 @@ def find_recordings(root, skipped):
 def folder_source(place):
     """A folder of recordings, searched to any depth, or one recording, as a Source."""
     root, clips, skipped, contents = Path(place), [], {}, [str(CACHE_VERSION)]
-    files = find_recordings(place, skipped)
     if root.is_file():
         root, files = root.parent, [root]
+    else:
+        files = find_recordings(root, skipped)
     for path in files:
         name, stat = printable(path.relative_to(root).as_posix()), path.stat()
         try:
@@ -1509,7 +1510,7 @@ class Corpus:
             for name, minute, frames in shard["clips"]:
                 clips.append((name, minute, number, start, frames))
                 start += frames
-        self.runs = split(clips, window)
+        self.runs, self.tables = split(clips, window), {}
 
     def hours(self, split):
         """Hours of a split in runs that are long enough for a window."""
@@ -1518,8 +1519,11 @@ class Corpus:
 
     def ends(self, split, frames):
         """For each run of a split, how many windows begin in it and in the runs before it, (R,). A
-        key of `windows` counts them in this order."""
-        return np.maximum(self.runs[split][:, 2] - frames + 1, 0).cumsum()
+        key of `windows` counts them in this order. Every batch asks for them: computed once."""
+        if (split, frames) not in self.tables:
+            starts = np.maximum(self.runs[split][:, 2] - frames + 1, 0)
+            self.tables[split, frames] = starts.cumsum()
+        return self.tables[split, frames]
 
     def windows(self, kind, split, keys, frames):
         """Windows, float32: "mel" (len(keys), frames, 80) or "audio" (len(keys), 300 * frames)."""
@@ -1667,18 +1671,20 @@ def checkpoints(folder):
 def resume_point(folder, config):
     """The newest checkpoint from which a run of `config.steps` can go on; None for a new run. A run
     whose learning rate has already decayed, to fewer steps, goes back to the trunk."""
-    steps = []
-    for found in sorted(checkpoints(folder), key=lambda found: -found["step"]):
+    steps, fits = [], []
+    for found in checkpoints(folder):
+        if found["steps"] == config.steps:
+            return found                                      # the others need not be read
         limit = config.steps
-        if config.lr_schedule == "wsd" and found["steps"] != config.steps:
+        if config.lr_schedule == "wsd":
             limit = decay_start(min(config.steps, found["steps"]))
-        if found["step"] <= limit:
-            return found
         steps.append(found["step"])
-    if steps:
+        if found["step"] <= limit:
+            fits.append(found)
+    if steps and not fits:
         raise UserError(f"{folder} is past what --steps {config.steps} can go on from, at step "
-                        f"{steps[0]}; ask for more steps, or choose another --out")
-    return None
+                        f"{max(steps)}; ask for more steps, or choose another --out")
+    return max(fits, key=lambda found: found["step"], default=None)
 
 
 @functools.cache

@@ -48,6 +48,15 @@ def test_a_longer_run_goes_on_from_the_last_step_that_both_share(tmp_path):
         resume_point(tmp_path, Config(steps=400))
 
 
+def test_a_run_that_goes_on_reads_its_newest_checkpoint_alone(tmp_path, monkeypatch):
+    for name, step in (("trunk.pt", 750), ("checkpoint.pt", 500), ("checkpoint.pt", 900)):
+        save(tmp_path / name, step=step, steps=1000)
+    read = []
+    monkeypatch.setattr(cdslm, "load", lambda path, **options: read.append(path.name) or load(path, **options))
+    assert resume_point(tmp_path, Config(steps=1000))["step"] == 900
+    assert read == ["checkpoint.pt"]
+
+
 def test_a_save_that_fails_changes_nothing(tmp_path, monkeypatch):
     save(tmp_path / "checkpoint.pt", step=1)
 

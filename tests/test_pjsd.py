@@ -210,7 +210,7 @@ def test_cuts_fall_on_quiet_points():
 
 def corpus_of(mel):
     corpus = cdslm.Corpus.__new__(cdslm.Corpus)
-    corpus.shards, corpus.runs = [{"mel": mel}], {"train": np.array([[0, 0, len(mel)]])}
+    corpus.shards, corpus.runs, corpus.tables = [{"mel": mel}], {"train": np.array([[0, 0, len(mel)]])}, {}
     return corpus
 
 
