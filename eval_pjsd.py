@@ -297,8 +297,9 @@ def parse(argv=None):
                              "[hama; toy runs: toy]")
     add("--minutes", type=float, default=20.0,
         help="minutes of speech that a run generates [20]")
-    add("--cfg", type=float, default=CFG, help="guidance scale [2]")
-    add("--steps", type=int, default=STEPS, help="evaluations of the network per window [40]")
+    add("--cfg", type=float, default=CFG, help=f"guidance scale [{CFG:g}]")
+    add("--steps", type=int, default=STEPS,
+        help=f"evaluations of the network per window [{STEPS}]")
     add("--best-of", type=int, default=1, help="of so many, judge the likeliest (lab/best.py) [1]")
     add("--device", default="auto", help="cuda, mps, cpu [auto]")
     add("--decided", action="store_true",

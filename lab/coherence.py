@@ -463,7 +463,7 @@ def main(load_run=load_run, sample=sample):
     add("run", type=Path, help="a run folder, such as out/topics")
     add("--seconds", type=float, default=60.0, help="of each continuation [60]")
     add("--num", type=int, default=32, help="continuations [32]")
-    add("--cfg", type=float, default=CFG, help="guidance [2]")
+    add("--cfg", type=float, default=CFG, help=f"guidance [{CFG:g}]")
     add("--seed", type=int, default=0, help="of the noise [0]")
     add("--device", default="auto", help="cuda, mps, cpu [auto]")
     add("--json", type=Path, help="where to keep the report [RUN/coherence.json]")

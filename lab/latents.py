@@ -15,11 +15,14 @@ def bottleneck_loss(model, wave, dtype=torch.float32, kl_weight=1e-3):
     wave = torch.cat([wave[1:], torch.zeros_like(wave[:1])])
     mel = Encoder.from_mel(model, log_mel(wave))
     with autocast(wave.device, dtype):
-        mean, logvar = model.encoder(mel.mT).float().chunk(2, dim=1)          # (B, latent_dim, T)
-        latents = mean + torch.randn_like(mean) * (0.5 * logvar).exp()
-        reconstruction = model.unlatent(latents).float().mT
-    kl = 0.5 * (mean ** 2 + logvar.exp() - 1 - logvar).mean()
-    return F.l1_loss(reconstruction, mel) + kl_weight * kl
+        statistics = model.encoder(mel.mT).float()                            # (B, 2 latent_dim, T)
+        mean, logvar = statistics.chunk(2, dim=1)
+        std = (0.5 * logvar).exp()
+        latents = mean + torch.randn_like(mean) * std
+        reconstruction = model.unlatent(latents).float().mT                   # (B, T, 80)
+
+    kl = 0.5 * (mean ** 2 + logvar.exp() - 1 - logvar)
+    return F.l1_loss(reconstruction, mel) + kl_weight * kl.mean()
 
 
 def fit(model, config, corpus, dtype):
@@ -29,7 +32,8 @@ def fit(model, config, corpus, dtype):
 
     train_part(model, loss_of, "bottleneck", 4 * config.decoder_steps, config, corpus, dtype)
     keys = [keyed(config.seed, "latents", i) for i in range(256)]
-    mel = torch.from_numpy(corpus.windows("mel", "train", keys, 48)).to(model.mel_stats.device)
+    mel = torch.from_numpy(corpus.windows("mel", "train", keys, 48))
     with torch.no_grad():
-        latents = model.from_mel(mel)
-    model.latent_stats.copy_(torch.stack([latents.mean((0, 1)), latents.std((0, 1))]))
+        latents = model.from_mel(mel.to(model.mel_stats.device))              # (256, 48, C)
+    mean, std = latents.mean((0, 1)), latents.std((0, 1))
+    model.latent_stats.copy_(torch.stack([mean, std]))

@@ -56,14 +56,9 @@ def nearest(pieces, mels, steps):
     return squared.clamp(min=0).sqrt()
 
 
-def long_runs(corpus):
-    """Runs (shard, start, length) of training speech that last a second at least."""
-    return [run.tolist() for run in corpus.runs["train"] if run[2] >= FRAME_RATE]
-
-
 def training_speech(corpus, frames):
     """Log-mels (T, 80) of at most so many frames of training speech, drawn from all over it."""
-    runs = long_runs(corpus)
+    runs = [run.tolist() for run in corpus.runs["train"] if run[2] >= FRAME_RATE]
     np.random.default_rng(0).shuffle(runs)
     missing = int(frames)
     for shard, start, length in runs:

@@ -181,8 +181,9 @@ def parse(argv=None):
     add = parser.add_argument
     add("run", type=Path, help="a run folder, such as out/tiny")
     add("--minutes", type=float, default=3.0, help="minutes of generated speech [3]")
-    add("--cfg", type=float, default=CFG, help="guidance scale [2]")
-    add("--steps", type=int, default=STEPS, help="evaluations of the network per window [40]")
+    add("--cfg", type=float, default=CFG, help=f"guidance scale [{CFG:g}]")
+    add("--steps", type=int, default=STEPS,
+        help=f"evaluations of the network per window [{STEPS}]")
     add("--device", default="auto", help="cuda, mps, cpu [auto]")
     add("--json", type=Path, help="where to keep the report [RUN/quality.json]")
     arguments = parser.parse_args(argv)

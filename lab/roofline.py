@@ -9,7 +9,8 @@ read and write, and kernels. Each gives a time that no eager step can beat. What
 between the largest of the three and their sum. Nothing here was measured on a GPU.
 
 Counted as if weights and activations were bf16; under autocast some are float32, so real traffic is
-larger. With micro-batches, each is counted.
+larger. With micro-batches, each is counted. Self-conditioning, which the paper's sizes do not have,
+is not, and the optimiser is counted as AdamW.
 """
 from collections import Counter
 
@@ -22,7 +23,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cdslm import Diffusion, MMDiT, UserError, cli, config_parser, count, to_config
 
-H100 = dict(tflops=989, bandwidth=3350, launch=5)     # dense bf16, GB/s; launch is typical
+# An H100; the time of a launch is typical.
+GPU = {"tflops": (989, "dense bf16 TFLOP/s"),
+       "bandwidth": (3350, "memory bandwidth, GB/s"),
+       "launch": (5, "host microseconds a kernel")}
 OPTIMISER_BYTES = 4 * (3 + 7 + 3)   # a parameter: gradient norm and clipping, AdamW, EMA in float32
 
 
@@ -77,7 +81,7 @@ class Shaped(torch.autograd.Function):
 
 
 def step(config):
-    """{part: (TFLOP, GB, kernels)} of a training step on one device."""
+    """{part: (TFLOP, GB)} of a training step on one device, and its kernels."""
     windows = config.micro_batch or config.batch_size
     passes = config.batch_size // windows
     with torch.device("meta"):
@@ -91,19 +95,16 @@ def step(config):
         losses = Diffusion(config).loss(model, x0, ctx, phi, torch.empty_like(x0))
         losses.mean().backward()
 
-    parts = {kind: (0, passes * size / 1e9) for kind, size in kernels.bytes.items()}
-    parts["matrix products"] = (passes * products.get_total_flops() / 1e12,
-                                parts["matrix products"][1])
-    parts["attention"] = passes * attention.flops / 1e12, parts["attention"][1]
+    flops = {"matrix products": products.get_total_flops(), "attention": attention.flops}
+    parts = {kind: (passes * flops.get(kind, 0) / 1e12, passes * size / 1e9)
+             for kind, size in kernels.bytes.items()}
     parts["norm, AdamW, EMA"] = 0, OPTIMISER_BYTES * count(config)["parameters"] / 1e9
     return parts, passes * kernels.launches
 
 
 def main():
     parser = config_parser(__doc__)
-    for name, value in H100.items():
-        help = {"tflops": "dense bf16 TFLOP/s", "bandwidth": "memory bandwidth, GB/s",
-                "launch": "host microseconds a kernel"}[name]
+    for name, (value, help) in GPU.items():
         parser.add_argument("--" + name, type=float, default=value, help=f"{help} [{value}]")
     arguments = parser.parse_args()
     config = to_config(arguments)

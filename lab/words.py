@@ -281,8 +281,9 @@ def main(load_run=load_run, sample=sample):
     add("run", type=Path, help="a run folder, such as out/tiny")
     add("--minutes", type=float, default=10.0, help="of generated speech [10]")
     add("--seconds", type=float, default=12.0, help="of each continuation [12]")
-    add("--cfg", type=float, default=CFG, help="guidance [2]")
-    add("--steps", type=int, default=STEPS, help="evaluations of the network a window [40]")
+    add("--cfg", type=float, default=CFG, help=f"guidance [{CFG:g}]")
+    add("--steps", type=int, default=STEPS,
+        help=f"evaluations of the network per window [{STEPS}]")
     add("--seed", type=int, default=0, help="of the noise [0]")
     add("--device", default="auto", help="cuda, mps, cpu [auto]")
     add("--recognizer", default="tiny.en", help="or whisper:NAME_OR_FOLDER [tiny.en]")
