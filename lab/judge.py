@@ -1,25 +1,30 @@
-"""judge: the honest measures of a model of toy speech, without its decoder. For the studies that
-judge many models (`lab/ablate.py`, `lab/scaling.py`); one run is judged by `eval_pjsd.py`.
+"""judge: the honest measures of a model of toy speech, for studies of many models (`lab/ablate.py`,
+`lab/scaling.py`). One run is judged by `eval_pjsd.py`.
 """
+import math
+
 import torch
 
 import eval_pjsd
-from cdslm import CFG, FRAME_RATE, STEPS, autocast, log_mel, sample
-from lab import markov, pair_speech, pairs
+from cdslm import CFG, FRAME_RATE, STEPS, UserError, autocast, log_mel, sample
+from lab import markov, pair_speech, pairs, quality
 from lab.listener import batched, language_kept, load_listener, speak
-from lab.sides import CONTEXTS, REFERENCE
+from lab.sides import CONTEXTS, REFERENCE, decode
 from lab.toyspeech import ToySpeech
 
-ASKED = "word", "place", "order"       # kinds of pairs
-NUMBER = 100                           # of each kind
+ASKED, NUMBER = ("word", "place", "order"), 100               # kinds of pairs; pairs of each
+WINDOWS = 5                            # one after another, to see what is lost on the way
+HEARD = 24                             # clips of a window each that DNSMOS hears
 
 
 class Judge:
-    """judge(model) -> {pjsd: five values, floor: five, word_rate, runs_2, runs_3, pair_bits,
-    language_kept; word, place, order: shares of pairs in which the true one has the smaller error}.
+    """judge(model) -> {pjsd, floor: five values each; word_rate, runs_2, runs_3, pair_bits,
+    language_kept; late_words, late_language: the same in the last of five windows; mel: Fréchet
+    distance of log-mel; dnsmos; word, place, order: shares of pairs in which the true utterance has
+    the smaller error}.
 
-    What a model generates after held-out contexts is recognised from its frames, so that no decoder
-    is judged. Contexts, reference, pairs and noise are the same for all models."""
+    Words and distances are read from the generated frames, without the decoder. Contexts,
+    reference, pairs and noise are the same for all models."""
 
     def __init__(self, config, autoencoder, device, dtype, minutes):
         self.autoencoder, self.device, self.dtype = autoencoder, device, dtype
@@ -33,27 +38,55 @@ class Judge:
         self.contexts = frames[:, :ctx]
         self.languages = [u.language for u in spoken]
         waves, _ = speak(self.toy, REFERENCE, 3 * clips, gen, "reference")
-        self.reference = self.listener.hear(batched(log_mel, waves))["clips"]
+        mel = batched(log_mel, waves)
+        self.reference = self.listener.hear(mel)["clips"]
+        self.reference_frames = self.normalised(mel)
         self.pairs = {kind: pair_speech.make_pairs(self.toy, kind, NUMBER, ctx, gen)
                       for kind in ASKED}
 
+    def normalised(self, mel):
+        """Log-mel (B, T, 80) -> frames (B T, 80), a row each."""
+        mean, std = self.autoencoder.mel_stats.cpu()
+        return ((mel.cpu() - mean) / std).flatten(0, 1).numpy()
+
     def __call__(self, model, steps=STEPS, cfg=CFG):
+        gen, few = model.config.gen_frames, -(-len(self.contexts) // WINDOWS)
         with autocast(self.device, self.dtype):
             frames = [sample(model, part, steps=steps, cfg=cfg, seed=i)
                       for i, part in enumerate(self.contexts.split(50))]
+            later = sample(model, self.contexts[:few], WINDOWS * gen, steps, cfg)[:, -gen:]
             right = {kind: self.share_right(model, asked) for kind, asked in self.pairs.items()}
-        mel = self.autoencoder.to_mel(torch.cat(frames).float())
-        mean, std = self.autoencoder.mel_stats
-        clips = self.listener.hear(mel * std + mean)["clips"]
+        frames = torch.cat(frames).float()
+        mel, clips = self.hear(frames)
+        _, last = self.hear(later.float())
 
         compared = eval_pjsd.compare(clips, self.reference)
         words = markov.score(self.toy, clips, self.languages)
-        language = language_kept(self.toy, clips, self.languages)
-        return {"pjsd": compared["pjsd"], "floor": compared["floor"], **words,
-                "language_kept": language, **right}
+        late = markov.score(self.toy, last, self.languages)
+        return {
+            "pjsd": compared["pjsd"], "floor": compared["floor"], **words,
+            "language_kept": language_kept(self.toy, clips, self.languages),
+            "late_words": late["word_rate"],
+            "late_language": language_kept(self.toy, last, self.languages),
+            "mel": quality.frechet(self.normalised(mel), self.reference_frames),
+            "dnsmos": self.opinion(frames[:HEARD]), **right}
+
+    def hear(self, frames):
+        """Frames (B, T, C) -> log-mel (B, T, 80) and the phones that are recognised in it."""
+        mean, std = self.autoencoder.mel_stats
+        mel = self.autoencoder.to_mel(frames) * std + mean
+        return mel, self.listener.hear(mel)["clips"]
 
     def share_right(self, model, asked):
         """Share of Pairs whose true utterance the model finds likelier."""
         errors, _ = pairs.ask(model, self.autoencoder, asked, draws=2)
         chosen = pairs.score(errors[:, 1]) - pairs.score(errors[:, 0])
         return float(pairs.share_right(chosen))
+
+    def opinion(self, frames):
+        """Mean overall DNSMOS of decoded frames; NaN without the package."""
+        try:
+            scores = quality.dnsmos(decode(self.autoencoder, frames))
+        except UserError:
+            return math.nan
+        return float(scores["DNSMOS overall"].mean())

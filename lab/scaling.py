@@ -1,22 +1,22 @@
 """scaling: what is the best use of a compute budget? A small isoFLOP study: runs, then laws.
 
-    python -m lab.scaling run --out runs/iso                        45 minutes on one core
+    python -m lab.scaling run --out runs/iso                        an hour on one core
+    python -m lab.scaling run --out runs/iso --seed 1               the second seed; beside the first
     python -m lab.scaling fit runs/iso --plot runs/iso.png          fits the laws, draws them
-    python -m lab.scaling run --budgets 4e12,1.2e13,4e13,1.2e14     hours, and steadier laws
 
-`run` trains on toy speech as the paper trains (its loss, AdamW, no self-conditioning), except that
-the network predicts x0: with v, narrow models would measure their patches. CHOICE: models have two
-blocks, so that only the width varies, and muP gives the learning rates (one size has four blocks,
-where the widths leave a gap). Before its learning rate decays, a longer run is the same as a
-shorter one. So one trunk per size serves every budget, each by a short decay branch. The same
-command resumes the study. On a cluster, start one job per size, with the same --out:
+`run` trains on toy speech as `tiny` is trained, but with the paper's optimiser, AdamW: its learning
+rates hold at every size (muP), and its own work is nothing beside the network's. CHOICE: one family
+of shapes, 64 of width a block (the paper: 128), so that small models also have depth; below that,
+one narrower block. Before its learning rate decays, a longer run is the same as a shorter one. So
+one trunk per size and seed serves every budget, each by a short decay branch. The same command
+resumes the study. On a cluster, start one job per size, with the same --out:
 
-    for size in 2x48 2x64 4x64 2x128 2x192 2x256; do
+    for size in 1x64 2x128 3x192 4x256 5x320; do
         sbatch --wrap "python -m lab.scaling run --only $size"; done
 
 Any flag of cdslm.py may follow: `--data DIR`, `--seed 7`, `--batch-size 64`. Each run is a line of
-OUT/runs.jsonl: N parameters, D tokens of both streams, C training FLOPs (exact; 6ND beside it),
-loss, pJSD, seconds of its own.
+OUT/runs.jsonl: N parameters, D tokens of both streams, C training FLOPs (exact; 6ND beside it), the
+validation loss with the weight that the run was trained with, what `lab/judge.py` says, seconds.
 """
 import contextlib
 import dataclasses
@@ -29,25 +29,23 @@ import time
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 import eval_pjsd
-from cdslm import (FRAME_RATE, Parser, Trainer, UserError, autocast, claim, cli, count, decay_start,
-                   decide, lock, log_mel, open_autoencoder, open_corpus,
-                   parse as parse_config, ranks, reason, replacing, resume_point, sample,
-                   write_config)
+from cdslm import (FRAME_RATE, Parser, Trainer, UserError, claim, cli, count, decay_start, decide,
+                   lock, open_autoencoder, open_corpus, parse as parse_config, ranks, reason,
+                   replacing, resume_point, write_config)
 from lab import laws
-from lab.listener import batched, load_listener, speak
+from lab.judge import Judge
 from lab.plan import seconds_a_step
 from lab.process import interruptible
 from lab.report import as_json, keep
-from lab.toyspeech import ToySpeech
 
-STUDY = ("--size tiny --self-condition 0 --min-snr-gamma 5 --t-shift 0 --optimizer adamw "
-         "--decoder griffinlim --toy-hours 20 --warmup 50").split()
-BUDGETS = "6e11,2e12,6e12,2e13"
-SIZES = "2x24,2x32,2x48,2x64,4x64,2x128,2x192,2x256,2x320,2x384,2x512"        # depth x width
+STUDY = "--size tiny --optimizer adamw --toy-hours 48 --warmup 20".split()
+BUDGETS = "6e11,2e12,6e12,2e13,6e13"
+SIZES = "1x32,1x48,1x64,2x128,3x192,4x256,5x320,6x384"        # depth x width
+BEST = lambda C: 3.1e5 * (C / 6e11) ** 0.6                    # where short runs had their optimum
+EPOCHS, LEAST_STEPS = 6, 100           # toy speech is repeated so often at most; steps of a run
 VALIDATION = 256                                                              # windows
 SAVE_EVERY = 1000                                                             # steps
 # Colours that everyone can tell apart (Okabe & Ito 2008).
@@ -59,37 +57,35 @@ COLOURS = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00"
 
 def plan(arguments, base):
     """[(size, budget, Config)] of all runs. Each budget trains `each` sizes, those nearest to
-    N^2 = C / 8, where short runs had their optimum; the budget `repeat` also with a second seed."""
+    BEST of it among those that need not repeat their speech too often."""
     shapes = {}
     for depth, width in arguments.sizes:
         config = dataclasses.replace(base, depth=depth, width=width)
         shapes[f"{depth}x{width}"] = config, count(config)
-    budgets = sorted(set(arguments.budgets))
-    repeat = arguments.repeat or budgets[:2][-1]
     only = arguments.only or shapes
     if arguments.each < 1 or not arguments.minutes > 0:
         raise UserError("--each must be at least 1, --minutes more than 0")
-    if repeat not in budgets or not set(only) <= set(shapes):
-        raise UserError("--repeat must be one of --budgets, --only some of --sizes")
+    if not set(only) <= set(shapes):
+        raise UserError("--only must be some of --sizes")
+    windows_an_hour = 3600 * FRAME_RATE / (base.ctx_frames + base.gen_frames)
+    most = math.inf
+    if base.data == "toy":
+        most = EPOCHS * base.toy_hours * windows_an_hour / base.batch_size
 
     runs = []
-    for budget in budgets:
-        def distance(size, budget=budget):
-            return abs(math.log(8 * shapes[size][1]["parameters"] ** 2 / budget))
-
-        near = sorted(shapes, key=distance)[:arguments.each]
-        seeds = [base.seed, base.seed + 1] if budget == repeat else [base.seed]
-        for seed, size in itertools.product(seeds, shapes):
-            if size not in near or size not in only:
-                continue
-            config, cost = shapes[size]
-            steps = round(budget / cost["flops"] / base.batch_size)
-            if steps < 4:
-                raise UserError(f"{budget:g} FLOPs are {steps} steps of {size}: too few to mean "
-                                "anything")
-            out = str(arguments.out / f"{size}-seed{seed}")
-            config = dataclasses.replace(config, steps=steps, seed=seed, out=out)
-            runs.append((size, budget, config))
+    for budget in sorted(set(arguments.budgets)):
+        steps = {size: round(budget / cost["flops"] / base.batch_size)
+                 for size, (_, cost) in shapes.items()}
+        able = [size for size in shapes if LEAST_STEPS <= steps[size] < most]
+        if not able:
+            raise UserError(f"{budget:g} FLOPs suit none of --sizes: a run would have fewer than "
+                            f"{LEAST_STEPS} steps, or hear its speech more than {EPOCHS} times")
+        able.sort(key=lambda size: abs(math.log(shapes[size][1]["parameters"] / BEST(budget))))
+        for size in sorted(able[:arguments.each], key=list(shapes).index):
+            if size in only:
+                out = str(arguments.out / f"{size}-seed{base.seed}")
+                config = dataclasses.replace(shapes[size][0], steps=steps[size], out=out)
+                runs.append((size, budget, config))
     return runs
 
 
@@ -115,38 +111,34 @@ def train(trainer, first, seconds, bar, signals):
 
 
 def make_judge(config, autoencoder, device, dtype, minutes):
-    """judge(trainer) -> the report of `eval_pjsd.compare` on its EMA weights. Frames of toy speech
-    are recognised without the decoder, so only the model is judged. Contexts and reference are the
-    same for all runs."""
-    if config.data != "toy":
-        eval_pjsd.recogniser("hama")                          # raises UserError now, not in an hour
-        flags = ["--minutes", str(minutes)]
-        return lambda trainer: eval_pjsd.judge_run(eval_pjsd.parse([trainer.config.out, *flags]))
+    """judge(trainer) -> {measure: value} of its EMA weights; toy speech is judged without the
+    decoder."""
+    if config.data == "toy":
+        judge = Judge(config, autoencoder, device, dtype, minutes)
+        return lambda trainer: judge(trainer.ema)
 
-    toy, listener = ToySpeech(config.toy_languages, config.toy_words), load_listener()
-    ctx, gen = config.ctx_frames, config.gen_frames
-    clips = max(1, round(minutes * 60 * FRAME_RATE / gen))
-    waves, _ = speak(toy, eval_pjsd.CONTEXTS, clips, ctx + gen, "contexts")
-    frames = batched(lambda part: autoencoder.encode(part.to(device)), waves)
-    contexts = frames[:, :ctx]
-    waves, _ = speak(toy, eval_pjsd.REFERENCE, 3 * clips, gen, "reference")
-    reference = listener.hear(batched(log_mel, waves))["clips"]
+    eval_pjsd.recogniser("hama")                              # raises UserError now, not in an hour
 
-    def judge(trainer):
-        with autocast(device, dtype):
-            frames = [sample(trainer.ema, part, steps=24, seed=i)
-                      for i, part in enumerate(contexts.split(32))]
-        normalised = autoencoder.to_mel(torch.cat(frames).float())
-        mel = normalised * autoencoder.mel_stats[1] + autoencoder.mel_stats[0]
-        return eval_pjsd.compare(listener.hear(mel)["clips"], reference)
-    return judge
+    def judge_recordings(trainer):
+        arguments = eval_pjsd.parse([trainer.config.out, "--minutes", str(minutes)])
+        report = eval_pjsd.judge_run(arguments)
+        return {"pjsd": report["pjsd"], "floor": report["floor"]}
+    return judge_recordings
+
+
+def trained_loss(losses, gamma):
+    """The mean of validation losses {log-SNR: loss}, which are weighted by min(SNR, 5), with the
+    weight min(SNR, gamma) instead."""
+    snrs = [math.exp(float(level)) for level in losses]
+    terms = [loss * min(snr, gamma) / min(snr, 5) for snr, loss in zip(snrs, losses.values())]
+    return sum(terms) / len(terms)
 
 
 def measure(trainer, judge):
     """What is kept of a finished run. Raises UserError if it diverged."""
     config, size = trainer.config, count(trainer.config)
     losses = trainer.validate(VALIDATION)
-    if not math.isfinite(losses["mean"]):
+    if not math.isfinite(losses.pop("mean")):
         raise UserError("its validation loss is not finite")
     report = judge(trainer)
 
@@ -155,9 +147,9 @@ def measure(trainer, judge):
     N, D = size["parameters"], windows * size["tokens"]
     return {
         "N": N, "D": D, "C": windows * size["flops"], "6ND": 6 * N * D, "hours": hours,
-        "epochs": hours / trainer.corpus.hours("train"), "loss": losses.pop("mean"),
-        "losses": losses, "skipped": trainer.skipped, "pjsd": report["pjsd"],
-        "pjsd_floor": report["floor"]}
+        "epochs": hours / trainer.corpus.hours("train"),
+        "loss": trained_loss(losses, config.min_snr_gamma), "losses": losses,
+        "skipped": trainer.skipped, "pjsd_floor": report.pop("floor"), **report}
 
 
 def read_rows(folder):
@@ -358,8 +350,6 @@ def parse(argv=None):
                          help="number of sizes that each budget trains [5]")
     running.add_argument("--only", type=lambda text: text.split(","),
                          help="train only these sizes of the grid")
-    running.add_argument("--repeat", type=float,
-                         help="budget that is also trained with a second seed [the second budget]")
     running.add_argument("--minutes", type=float, default=10,
                          help="minutes of generated speech to judge each run by [10]")
     running.add_argument("--dry-run", action="store_true",
