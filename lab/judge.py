@@ -1,6 +1,7 @@
 """judge: the honest measures of a model of toy speech, for studies of many models (`lab/ablate.py`,
 `lab/scaling.py`). One run is judged by `eval_pjsd.py`.
 """
+import contextlib
 import math
 
 import torch
@@ -41,8 +42,10 @@ class Judge:
         mel = batched(log_mel, waves)
         self.reference = self.listener.hear(mel)["clips"]
         self.reference_frames = self.normalised(mel)
-        self.pairs = {kind: pair_speech.make_pairs(self.toy, kind, NUMBER, ctx, gen)
-                      for kind in ASKED}
+        self.pairs = {}
+        for kind in ASKED:
+            with contextlib.suppress(UserError):              # the window is too short for it
+                self.pairs[kind] = pair_speech.make_pairs(self.toy, kind, NUMBER, ctx, gen)
 
     def normalised(self, mel):
         """Log-mel (B, T, 80) -> frames (B T, 80), a row each."""
