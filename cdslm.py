@@ -1525,8 +1525,9 @@ class Corpus:
             self.tables[split, frames] = starts.cumsum()
         return self.tables[split, frames]
 
-    def windows(self, kind, split, keys, frames):
-        """Windows, float32: "mel" (len(keys), frames, 80) or "audio" (len(keys), 300 * frames)."""
+    def stored(self, kind, split, keys, frames):
+        """Windows as the cache holds them: "mel" (len(keys), frames, 80) float16, or "audio"
+        (len(keys), 300 * frames) int16."""
         runs, ends = self.runs[split], self.ends(split, frames)
         hop, windows = {"mel": 1, "audio": HOP}[kind], []
         for key in keys:
@@ -1535,7 +1536,11 @@ class Corpus:
             shard, start, length = runs[row]
             start += place - (ends[row] - (length - frames + 1))
             windows.append(self.shards[shard][kind][start * hop:(start + frames) * hop])
-        windows = np.stack(windows).astype(np.float32)
+        return np.stack(windows)
+
+    def windows(self, kind, split, keys, frames):
+        """Windows of the same shapes in float32; "audio" within -1 and 1."""
+        windows = self.stored(kind, split, keys, frames).astype(np.float32)
         return windows if kind == "mel" else windows / 32767
 
     def mel_stats(self):
@@ -2018,10 +2023,12 @@ class Trainer:
         self.stopping = self.late = False                     # of any rank: a signal; too long
 
     def read(self, step, positions):
-        """Log-mel windows (b, T, 80) of a micro-batch."""
+        """Log-mel windows (b, T, 80) float16 of a micro-batch. What follows takes float32, but
+        converting is slow on a CPU: it would keep a fast GPU waiting."""
         first = step * self.config.batch_size
         keys = [keyed(self.config.seed, "window", first + i) for i in positions]
-        return torch.from_numpy(self.corpus.windows("mel", "train", keys, self.corpus.window))
+        mel = torch.from_numpy(self.corpus.stored("mel", "train", keys, self.corpus.window))
+        return mel.pin_memory() if self.device.type == "cuda" else mel
 
     def micro_batches(self):
         """Yield ctx (b, Tc, C), x0 (b, Tg, C), eps like x0, from the next step on, without end.
@@ -2039,9 +2046,8 @@ class Trainer:
 
     def frames(self, mel):
         """Log-mel windows (b, T, 80) -> context (b, Tc, C) and continuation (b, Tg, C)."""
-        if self.device.type == "cuda":
-            mel = mel.pin_memory().to(self.device, non_blocking=True)
-        frames = self.autoencoder.from_mel(mel.to(self.device))
+        mel = mel.to(self.device, non_blocking=True).float()
+        frames = self.autoencoder.from_mel(mel)
         return frames.split([self.config.ctx_frames, self.config.gen_frames], dim=1)
 
     def step(self):
