@@ -726,6 +726,7 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose updates are made orthogonal: a step changes every direction of a matrix alike
     (Jordan et al. 2024). Matrices of one shape are updated in one batched product. Its rate is the
     same at every width, because the spectral norm of the updates is fixed (Bernstein 2025)."""
+    orthogonalize = staticmethod(orthogonalize)               # or its share of them (lab/muon.py)
 
     def __init__(self, matrices, lr, weight_decay, momentum=0.95, dtype=torch.float32):
         super().__init__(matrices, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
@@ -753,7 +754,7 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_lerp_(buffers, gradients, 1 - momentum)
         updates = [torch.lerp(gradient, buffer, momentum).to(self.dtype)
                    for gradient, buffer in zip(gradients, buffers)]
-        updates = orthogonalize(torch.stack(updates), self.dtype)
+        updates = self.orthogonalize(torch.stack(updates), self.dtype)
 
         # A matrix with more rows than columns gets a larger step.
         rows, columns = matrices[0].shape

@@ -15,7 +15,7 @@ from lab.toyspeech import ToySpeech
 
 ASKED, NUMBER = ("word", "place", "order"), 100               # kinds of pairs; pairs of each
 WINDOWS = 5                            # one after another, to see what is lost on the way
-HEARD = 24                             # clips of a window each that DNSMOS hears
+HEARD = 10                             # clips of a window each that DNSMOS hears
 
 
 class Judge:

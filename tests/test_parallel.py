@@ -209,3 +209,17 @@ def test_malloc_maps_as_little_as_the_system_allows(monkeypatch, most):
     monkeypatch.setattr(own_process.ctypes, "CDLL", lambda name: type("libc", (), {"mallopt": staticmethod(mallopt)}))
     own_process.keep_memory()
     assert asked == {-1: 2 ** 30, -3: min(most, 2 ** 30)}
+
+
+def test_ranks_share_the_work_of_muon(monkeypatch):
+    from lab import muon
+    torch.manual_seed(0)
+    for count, ranks in ((1, 2), (4, 2), (5, 3)):
+        matrices, shares = torch.randn(count, 6, 4), []
+        monkeypatch.setattr(muon.dist, "get_world_size", lambda: ranks)
+        monkeypatch.setattr(muon.dist, "all_gather", lambda whole, mine: shares.append(mine))
+        for rank in range(ranks):
+            monkeypatch.setattr(muon.dist, "get_rank", lambda: rank)
+            muon.orthogonalize_shared(matrices, torch.float32)
+        assert [len(part) for part in shares] == [-(-count // ranks)] * ranks
+        assert torch.equal(torch.cat(shares)[:count], cdslm.orthogonalize(matrices, torch.float32))
