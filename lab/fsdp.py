@@ -2,7 +2,8 @@
 
     torchrun --nproc_per_node=8 cdslm.py --parallel fsdp --optimizer adamw ...
 
-Its optimiser is AdamW: Muon updates whole matrices, not shards of them.
+Its optimiser is AdamW: Muon updates whole matrices, not shards of them. Its checkpoints are in
+shards, too: `lab/consolidate.py`.
 """
 import contextlib
 import warnings

@@ -3,17 +3,22 @@
 They go on although nobody reads what they print: the reader of a pipe may go away (`| head`), the
 terminal may be closed, know only ASCII, or never have been there. They keep the memory that they
 free; without this the sampler is slower by a third. And a run in training that is asked to stop
-first finishes its step.
+first finishes its step. The ranks of a run are compared: speech, decoder, and the weights of DDP.
 """
 import contextlib
 import ctypes
 import signal
 import sys
 import threading
+from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from cdslm import UserError, ranks
+
+# Relative difference of weights between ranks: kinds of GPU differ in the order of their sums.
+DRIFT = 1e-4
 
 
 class Unbreakable:
@@ -88,9 +93,57 @@ def check_alike(corpus, autoencoder):
                             "--out and CDSLM_CACHE on a disk that all nodes share")
 
 
+@torch.no_grad()
+def check_replicas(model, ema):
+    """Raise UserError unless all ranks of DDP hold the same weights. Only gradients are exchanged,
+    so a difference would never go away."""
+    weights, exact = [*model.parameters(), *ema.parameters()], torch.float64
+    sums = [weight.sum(dtype=exact) for weight in weights]
+    norms = [torch.linalg.vector_norm(weight, dtype=exact) for weight in weights]
+    mine = torch.stack([*sums, *norms]).tolist()
+    found = [None] * ranks()[1]
+    dist.all_gather_object(found, mine)
+
+    differ, sums, norms = [], found[0][:len(weights)], found[0][len(weights):]
+    for rank, others in enumerate(found):
+        close = [abs(a - b) <= DRIFT * norm for a, b, norm in zip(others, sums, norms)]
+        if not all(close):                                    # also where a sum is not a number
+            differ.append(rank)
+    if len(differ) > len(found) / 2:                          # the others agree: it is rank 0
+        differ = [0]
+    if differ:
+        names = " and ".join(f"rank {rank}" for rank in differ)
+        raise UserError(f"the weights of {names} differ from those of the other ranks; the same "
+                        "command goes on from the last checkpoint, where they are equal")
+
+
+def watch_replicas(trainer):
+    """Have a DDP run compare its copies of the weights before each validation."""
+    validate = trainer.validate
+
+    def checked(*arguments):
+        check_replicas(trainer.model, trainer.ema)
+        return validate(*arguments)
+
+    if dist.is_initialized() and trainer.config.parallel == "ddp":
+        trainer.validate = checked
+
+
+def sharded_checkpoints(trainer):
+    """The context of a run with checkpoints in shards, if it is to write or may have to read
+    them."""
+    folder = Path(trainer.config.out)
+    if trainer.config.parallel != "fsdp" and not any(folder.glob("*.shards")):
+        return contextlib.nullcontext()
+    from lab import consolidate                               # slow to import
+    return consolidate.attend(trainer)
+
+
 @contextlib.contextmanager
 def attend(trainer):
-    """Around the training loop: signals are noted, and all ranks are alike."""
+    """Around the training loop: signals are noted, all ranks are alike and stay so, and checkpoints
+    may be in shards."""
     check_alike(trainer.corpus, trainer.autoencoder)
-    with interruptible(trainer.signals):
+    watch_replicas(trainer)
+    with interruptible(trainer.signals), sharded_checkpoints(trainer):
         yield
