@@ -1487,7 +1487,7 @@ def open_shard(stem):
     """A shard: its contents, and its arrays mapped from the disk. None if it isn't there, or is
     damaged."""
     try:
-        shard = json.loads(Path(f"{stem}.json").read_text())
+        shard = json.loads(Path(f"{stem}.json").read_text()) | {"stem": str(stem)}
         for kind in ("audio", "mel"):
             shard[kind] = np.load(f"{stem}.{kind}.npy", mmap_mode="r", allow_pickle=False)
         frames = sum(length for _, _, length in shard["clips"])
@@ -2163,16 +2163,19 @@ def train(config, trainer_of=Trainer, count=count, load_run=load_run, sample=sam
     """From a Config to a run folder with checkpoints and sound. The same Config resumes the run.
     Whoever trains another network (`lab/autoregressive.py`) brings what differs."""
     device, dtype = check_run(config)
-    process = lab("process")
+    process, cache = lab("process"), lab("cache")
     with together() as rank, contextlib.nullcontext() if rank else claim(config):
         announce(config, device, dtype, count)
         if rank:
             dist.barrier()                                    # rank 0 makes what the others open
-        corpus = open_corpus(config)
+        corpus = cache.indexed(config) if rank and cache else None
+        corpus = corpus or open_corpus(config)
         if rank == 0 and not (Path(config.out) / "config.json").exists():
             write_config(config.out, config, corpus.contents) # now the folder is this run's
         autoencoder = open_autoencoder(config, corpus, device, dtype)
         if rank == 0 and dist.is_initialized():
+            if cache:
+                cache.keep_index(config.out, corpus)
             dist.barrier()
         trainer = trainer_of(config, corpus, autoencoder, device, dtype)
         with process.attend(trainer) if process else contextlib.nullcontext():

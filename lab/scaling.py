@@ -48,6 +48,11 @@ BEST = lambda C: 3.1e5 * (C / 6e11) ** 0.6                    # where short runs
 EPOCHS, LEAST_STEPS = 6, 100           # toy speech is repeated so often at most; steps of a run
 VALIDATION = 256                                                              # windows
 SAVE_EVERY = 1000                                                             # steps
+MEASURES = {
+    "word_rate": "share of phones in words", "runs_2": "in two or more",
+    "word": "pairs right: word or not", "place": "words in place", "order": "in order",
+    "language_kept": "clips in their language", "late_words": "words in the fifth window",
+    "late_language": "its language", "mel": "Fréchet distance of log-mel", "dnsmos": "DNSMOS"}
 # Colours that everyone can tell apart (Okabe & Ito 2008).
 COLOURS = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00"
 
@@ -317,6 +322,29 @@ def draw_metric(axes, runs, budgets):
         axes.plot(C, runs["pjsd_floor"][best, n], ":", color=colour)
 
 
+def print_measures(path):
+    """Print what the best runs of each budget know and how they sound, if the table says it: means
+    over seeds of the size with the lowest loss."""
+    path = Path(path)
+    rows, columns = laws.read_rows(path / "runs.jsonl" if path.is_dir() else path)
+    if not {"budget", "size", "word_rate"} <= columns:
+        return
+    print("\nof the best size at each budget; " + ", ".join(MEASURES.values()))
+    print(f"{'C':>9} {'size':>7}" + "".join(f"{name:>14}" for name in ("loss", *MEASURES)))
+    rows = [{"size": row["size"], "budget": float(row["budget"])} |
+            {name: laws.number(row.get(name)) for name in ("loss", *MEASURES)} for row in rows]
+    for budget in sorted({row["budget"] for row in rows}):
+        sizes = {}
+        for row in rows:
+            if row["budget"] == budget and math.isfinite(row["loss"]):
+                values = [row[name] for name in ("loss", *MEASURES)]
+                sizes.setdefault(row["size"], []).append(values)
+        means = {size: np.mean(values, axis=0) for size, values in sizes.items()}
+        best = min(means, key=lambda size: means[size][0])
+        cells = "".join(f"{value:>14.4g}" for value in means[best])
+        print(f"{budget:>9.2g} {best:>7}{cells}")
+
+
 # --------------------------------------------------------------------------------------------------
 # The command line.
 
@@ -381,6 +409,7 @@ def main():
         print(as_json(report), end="")
     else:
         laws.page(report)
+        print_measures(arguments.runs)
     if arguments.json not in (None, "-"):
         keep(report, arguments.json)
     if arguments.plot:

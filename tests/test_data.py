@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,9 +9,10 @@ import torch
 import cdslm as room
 from types import SimpleNamespace
 from cdslm import Config
+from lab import cache
 from cdslm import HOP, RATE, UserError, keyed, keyed_noise, log_mel, open_corpus
 from lab.topics import toy_source
-from tests.conftest import speech_like
+from tests.conftest import command, speech_like
 
 
 @pytest.fixture
@@ -148,6 +150,30 @@ def test_a_finished_cache_is_not_built_again(corpus, folder, monkeypatch):
     corpus()
     monkeypatch.setattr(room, "build_shard", lambda *_: pytest.fail("built again"))
     corpus()
+
+
+def test_other_ranks_open_what_rank_0_found(corpus, folder, small, own_cache, monkeypatch):
+    record(folder, "a.wav", 30)
+    opened = corpus()
+    config = small(data=str(folder))
+    Path(config.out).mkdir(parents=True)
+    assert cache.indexed(config) is None
+    cache.keep_index(config.out, opened)
+    monkeypatch.setattr(room, "find_recordings", lambda *_: pytest.fail("searched again"))
+    again = cache.indexed(config)
+    keys = range(50)
+    assert (again.windows("mel", "train", keys, 96) == opened.windows("mel", "train", keys, 96)).all()
+    assert again.contents == opened.contents
+    next(own_cache.rglob("*.audio.npy")).unlink()                      # as on a node with another disk
+    assert cache.indexed(config) is None
+
+
+def test_the_cache_can_be_made_before_training(folder, own_cache):
+    record(folder, "a.wav", 30)
+    done = command("lab.cache", "--data", folder)
+    assert done.returncode == 0 and "the cache is in" in done.stdout and list(own_cache.rglob("*.json"))
+    refused = command("lab.cache")
+    assert refused.returncode == 2 and "--data FOLDER is missing" in refused.stderr
 
 
 def test_a_changed_folder_gets_a_new_cache(corpus, folder, own_cache):
