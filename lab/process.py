@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from cdslm import UserError, ranks
+from lab import muon
 
 # Relative difference of weights between ranks: kinds of GPU differ in the order of their sums.
 DRIFT = 1e-4
@@ -125,8 +126,7 @@ def watch_replicas(trainer):
         check_replicas(trainer.model, trainer.ema)
         return validate(*arguments)
 
-    if dist.is_initialized() and trainer.config.parallel == "ddp":
-        trainer.validate = checked
+    trainer.validate = checked
 
 
 def sharded_checkpoints(trainer):
@@ -141,9 +141,11 @@ def sharded_checkpoints(trainer):
 
 @contextlib.contextmanager
 def attend(trainer):
-    """Around the training loop: signals are noted, all ranks are alike and stay so, and checkpoints
-    may be in shards."""
+    """Around the training loop: signals are noted, all ranks are alike and stay so, they share the
+    work of Muon, and checkpoints may be in shards."""
     check_alike(trainer.corpus, trainer.autoencoder)
-    watch_replicas(trainer)
+    if dist.is_initialized() and trainer.config.parallel == "ddp":
+        watch_replicas(trainer)
+        muon.share(trainer.optimizers)
     with interruptible(trainer.signals), sharded_checkpoints(trainer):
         yield
