@@ -242,6 +242,8 @@ def test_the_report_holds_out_and_compares_seeds(report):
     assert all(0 <= x < 0.02 for x in report["heldout_pjsd"]) and len(report["pjsd"]["b"]) == 3
     assert report["seeds"]["log_loss"] == pytest.approx(0.01 / math.sqrt(2), rel=1e-3)
     assert report["seeds"]["pjsd"] == pytest.approx([0.004 / math.sqrt(2)] * 3)
+    assert report["seeds"]["df"] == 6 and report["lack_of_fit"]["df"] == [19, 6]
+    assert 0 < report["heldout_error_constant_r"] and list(report["followers"])[2] == "pJSD, n = 3"
 
 
 @pytest.mark.slow
@@ -269,9 +271,150 @@ def test_the_page_says_what_the_report_knows(report, capsys):
         "n = 3: a",
         f"{report['heldout_error']:.2%} off",
         "two seeds differ",
+        "over the 24 sizes",
+        "they do not reject it",
+        f"alpha = beta:   loss {report['heldout_error_constant_r']:.2%} off",
+        f"fused with the pJSD:  loss {report['heldout_error_fused']:.2%} off",
+        "  pJSD, n = 3 ",
         "a note",
     ):
         assert text in said, text
+
+
+# --------------------------------------------------------------------------------------------------
+# Sizes with trunks and seeds.
+
+STEEP = Law(0.01, 6, 300_000, 0.45, 1.15)  # r* falls quickly
+EVEN = Law(0.01, 300, 600, 0.75, 0.75)  # r* is the same for all C
+WIDTHS = 5e4 * 1.9 ** np.arange(8)
+
+
+def trunks(law, noise=0.005, sizes=0.0, seed=0, seeds=2):
+    """A study as `lab.scaling run` makes it: 5 budgets, each with the 5 sizes next to its optimum,
+    and `seeds` trunks of each size. Half of the noise's variance is the trunk's; all runs of a size
+    share a further error, of standard deviation `sizes`."""
+    rng, rows = np.random.default_rng(seed), []
+    of_size = dict(zip(WIDTHS, sizes * rng.standard_normal(len(WIDTHS))))
+    of_trunk = dict(zip(WIDTHS, noise / 2**0.5 * rng.standard_normal((len(WIDTHS), seeds))))
+    for group, C in enumerate(np.geomspace(6e11, 6e13, 5)):
+        best = optimum(law, C)["N"]
+        for N in sorted(sorted(WIDTHS, key=lambda N: abs(math.log(N / best)))[:5]):
+            own = noise / 2**0.5 * rng.standard_normal(seeds)
+            for error in own + of_trunk[N] + of_size[N]:
+                D = C / (6 * N)
+                rows.append((N, D, C, law(N, D) * math.exp(error), group))
+    return dict(zip(("N", "D", "C", "loss", "group"), np.array(rows).T))
+
+
+def least_squares(law, runs):
+    return fit(runs["N"], runs["D"], runs["loss"], start=law, delta=math.inf)
+
+
+@pytest.fixture
+def some(monkeypatch):
+    """Enough bootstrap samples for a rough interval."""
+    monkeypatch.setattr(laws, "SAMPLES", 30)
+
+
+@pytest.mark.parametrize("law", [STEEP, EVEN])
+def test_a_study_with_trunks_finds_its_law_and_whether_r_is_constant(law, some, capsys):
+    report = study(trunks(law), [])
+    for name in ("E", "alpha", "beta", "N_exponent"):
+        low, high = report["interval"][name]
+        true = laws.trends(law, 6e11, 6e13, 6, 1).get(name) or getattr(law, name)
+        assert low < high and low - 0.1 * true < true < high + 0.1 * true, name
+    assert report["constant_r"]["rejected"] == (law is STEEP)
+    held = report["heldout_error"], report["heldout_error_constant_r"]
+    assert held[0] < 0.02 and (held[1] > 2 * held[0] if law is STEEP else held[1] < 0.02)
+    assert not report["lack_of_fit"]["rejected"] and report["lack_of_fit"]["df"] == [20, 8]
+    laws.page(report)
+    said = capsys.readouterr().out
+    assert "95 % of 30 bootstrap samples over the 8 sizes" in said
+    assert "F(20, 8)" in said and "they do not reject it" in said
+    assert ("no; it goes as C to the -" if law is STEEP else "it may be; it goes as C") in said
+
+
+def test_sizes_that_share_an_error_widen_the_intervals_over_sizes(some):
+    runs = trunks(STEEP, sizes=0.03)
+    law = fit(runs["N"], runs["D"], runs["loss"], start=STEEP)
+    widths = []
+    for clusters in (runs["N"], np.arange(len(runs["N"]))):
+        weights = laws.draws(clusters)
+        found = [fit(runs["N"], runs["D"], runs["loss"], weight, law) for weight in weights]
+        widths.append(np.ptp(laws.quantiles([law.beta / (law.alpha + law.beta) for law in found])))
+    assert widths[0] > 1.3 * widths[1]
+
+
+def test_a_sample_holds_all_runs_of_a_size_or_none():
+    clusters = np.array([1.0, 1.0, 2.0, 3.0, 4.0, 4.0])
+    for weight in laws.draws(clusters):
+        assert weight[0] == weight[1] and weight[4] == weight[5]
+        assert weight[[0, 2, 3, 4]].sum() == 4 and (weight[[0, 2, 3, 4]] > 0).sum() >= 3
+    assert list(laws.draws(clusters[:4])) == []
+
+
+def test_the_law_is_rejected_where_a_shape_is_odd_and_seldom_else():
+    rejected = {0.0: 0, 0.05: 0}
+    for odd in rejected:
+        for seed in range(5):
+            runs = trunks(STEEP, seed=seed)
+            runs["loss"] = runs["loss"] * np.exp(odd * (runs["N"] == WIDTHS[3]))
+            test = laws.lack_of_fit(least_squares(STEEP, runs), runs, laws.seeds(runs))
+            rejected[odd] += test["rejected"]
+    assert rejected[0.0] <= 1 and rejected[0.05] == 5
+
+
+def test_a_seed_counts_once_a_size_however_many_budgets():
+    runs = trunks(STEEP, noise=0.01)
+    assert laws.seeds(runs)["df"] == 8
+    assert laws.seeds(runs)["log_loss"] == pytest.approx(0.01, rel=0.5)
+    once = trunks(STEEP, seeds=1)
+    assert laws.seeds(once) is None and laws.lack_of_fit(STEEP, once, None) is None
+    same = trunks(STEEP, noise=0)
+    assert laws.lack_of_fit(STEEP, same, laws.seeds(same)) is None
+
+
+@pytest.mark.parametrize("F, df, p", [(4.965, [1, 10], 0.05), (4.757, [3, 6], 0.05),
+                                      (2.348, [10, 20], 0.05), (8.096, [1, 20], 0.01)])
+def test_p_is_that_of_the_tables(F, df, p):
+    assert laws.f_test(2 * F, 2.0, df)["p"] == pytest.approx(p, rel=0.02)
+    assert laws.f_test(-1.0, 2.0, df)["p"] == 1
+
+
+def test_a_tied_fit_has_one_exponent():
+    runs = trunks(EVEN, noise=0)
+    found = fit(runs["N"], runs["D"], runs["loss"], tied=True)
+    assert found.alpha == found.beta == pytest.approx(0.75, rel=1e-3)
+    assert found.E == pytest.approx(0.01, rel=1e-3)
+
+
+def test_metrics_that_follow_the_loss_alone_do_and_others_do_not(some):
+    runs, held = trunks(STEEP), 0
+    runs["word_rate"] = -runs["loss"]
+    for seed in range(10):
+        noise = 0.001 * np.random.default_rng(seed).standard_normal(len(runs["N"]))
+        follows = 0.3 + 0.1 * np.log(runs["loss"]) + noise
+        runs["pjsd"] = np.stack([follows, follows + 0.02 * np.log2(runs["N"])], axis=1)
+        runs["pjsd"][seed, 0] = math.nan
+        found = laws.followers(runs)
+        assert list(found) == ["pJSD, n = 1", "pJSD, n = 2", "word rate"]
+        one, two, words = found.values()
+        assert min(one["spearman"]) > 0.6 and words["spearman"] == pytest.approx([-1] * 5)
+        assert one["slope"] == pytest.approx(0, abs=0.003)
+        assert two["slope"] == pytest.approx(0.02, abs=0.003) and two["interval"][0] > 0.01
+        held += one["interval"][0] <= 0 <= one["interval"][1]
+    assert held >= 7
+    runs["word_rate"] = np.full(len(runs["N"]), math.nan)
+    assert "word rate" not in laws.followers(runs)
+
+
+def test_rank_correlation_counts_ties_and_leaves_out_what_is_not_known():
+    x = np.array([1.0, 2.0, 3.0, 4.0])
+    assert laws.rank_correlation(x, x**3) == pytest.approx(1)
+    assert laws.rank_correlation(x, np.array([1.0, 1.0, 2.0, 2.0])) == pytest.approx(0.8944, 1e-3)
+    assert laws.rank_correlation(x, np.array([3.0, math.nan, 2.0, 1.0])) == pytest.approx(-1)
+    assert math.isnan(laws.rank_correlation(x, np.ones(4)))
+    assert math.isnan(laws.rank_correlation(x[:2], x[:2]))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -291,10 +434,12 @@ def test_csv_and_jsonl_with_any_two_columns_say_the_same(tmp_path):
 
 def test_metrics_are_read_from_both(tmp_path):
     rows = [
-        row | {"pjsd": [0.1, i / 10], "pjsd_floor": [0.0, 0.05]} for i, row in enumerate(table())
+        row | {"pjsd": [0.1, i / 10], "pjsd_floor": [0.0, 0.05], "word_rate": i / 20}
+        for i, row in enumerate(table())
     ]
     for name in ("runs.csv", "runs.jsonl"):
         runs, _ = read(write(tmp_path / name, rows))
+        assert runs["word_rate"].tolist() == [i / 20 for i in range(10)]
         assert runs["pjsd"].tolist() == [row["pjsd"] for row in rows] and runs[
             "pjsd_floor"
         ].shape == (10, 2)
@@ -395,6 +540,14 @@ def test_an_optimum_at_the_edge_warns(tmp_path, few, capsys):
     report = json.loads((tmp_path / "report.json").read_text())
     assert [row["edge"] for row in report["budgets"]] == ["low"] * 3
     assert "at 1e+12 FLOPs the optimum lies at the smallest size" in capsys.readouterr().out
+
+
+def test_three_sizes_have_no_intervals_and_the_page_says_so(tmp_path, few, capsys):
+    rows = [row | {"D": C / 6 / row["N"]} for C in (1e12, 1e13) for row in table(sizes=3)[:3]]
+    fitted(write(tmp_path / "runs.csv", rows))
+    said, heard = capsys.readouterr()
+    assert "fewer than four sizes: too few for intervals" in said and "[nan, nan]" in said
+    assert "does the law hold? not known" in said and not heard
 
 
 def test_json_alone_on_the_screen_and_no_nan_in_it(tmp_path, few, capsys):
@@ -506,7 +659,8 @@ def test_a_grid_runs_and_each_run_says_what_it_was(straight, few, capsys):
         assert {"word_rate", "late_words", "mel", "dnsmos"} <= set(row)
         assert len(row["pjsd"]) == len(row["pjsd_floor"]) == 5
     fitted(straight)
-    assert "of 6 runs" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "of 6 runs" in shown and "of the best size at each budget" in shown
 
 
 def test_a_branch_is_the_run_that_was_so_long_from_the_start(go, straight, tmp_path):
