@@ -15,7 +15,7 @@ from tests.conftest import ROOT, SMALL, flags, speech_like
 
 README = ROOT / "README.md"
 DOCS = ("exercises", "notebook", "results", "fidelity", "faults", "stories", "coherence", "rival", "cluster",
-        "colab")
+        "colab", "scale")
 PAGES = [README, *(ROOT / f"docs/{name}.md" for name in DOCS)]
 PROGRAMS = ["sample.py", "eval_pjsd.py"]
 PROGRAMS += [f"lab/{path.name}" for path in (ROOT / "lab").glob("*.py")]
