@@ -543,7 +543,8 @@ def test_an_optimum_at_the_edge_warns(tmp_path, few, capsys):
 
 
 def test_three_sizes_have_no_intervals_and_the_page_says_so(tmp_path, few, capsys):
-    rows = [row | {"D": C / 6 / row["N"]} for C in (1e12, 1e13) for row in table(sizes=3)[:3]]
+    shapes = [(N, C / (6 * N)) for C in (1e12, 1e13) for N in (3e5, 6e5, 1.2e6)]
+    rows = [{"N": N, "D": D, "loss": SMALLER(N, D)} for N, D in shapes]
     fitted(write(tmp_path / "runs.csv", rows))
     said, heard = capsys.readouterr()
     assert "fewer than four sizes: too few for intervals" in said and "[nan, nan]" in said
