@@ -1440,6 +1440,7 @@ def build_cache(source):
             seconds = sum(clip.seconds for stem in missing for clip in plan[stem])
             check_room(folder, seconds * (2 * RATE + 2 * MELS * FRAME_RATE),
                        "the cache; CDSLM_CACHE moves it")
+            array.cache_clear()                               # damaged shards are made again
             for stem in tqdm(missing, desc=f"caching speech in {folder}", unit="half hour"):
                 build_shard(stem, source, plan[stem], pool)
     except OSError as error:
@@ -1484,18 +1485,23 @@ def build_shard(stem, source, clips, pool):
 
 
 def open_shard(stem):
-    """A shard: its contents, and its arrays mapped from the disk. None if it isn't there, or is
-    damaged."""
+    """The contents of a shard, and its number of frames. None if it isn't there, or is damaged."""
     try:
         shard = json.loads(Path(f"{stem}.json").read_text()) | {"stem": str(stem)}
-        for kind in ("audio", "mel"):
-            shard[kind] = np.load(f"{stem}.{kind}.npy", mmap_mode="r", allow_pickle=False)
-        frames = sum(length for _, _, length in shard["clips"])
-        if shard["audio"].shape == (frames * HOP,) and shard["mel"].shape == (frames, MELS):
+        frames = shard["frames"] = sum(length for _, _, length in shard["clips"])
+        audio, mel = array(shard["stem"], "audio"), array(shard["stem"], "mel")
+        if audio.shape == (frames * HOP,) and mel.shape == (frames, MELS):
             return shard
     except (FileNotFoundError, EOFError, ValueError, TypeError, KeyError, RecursionError):
         pass
     return None
+
+
+@functools.lru_cache(maxsize=256)
+def array(stem, kind):
+    """"audio" or "mel" of a shard, mapped from the disk. The others are closed: a program may have
+    about 1,000 files open, but a corpus has two for every half hour."""
+    return np.load(f"{stem}.{kind}.npy", mmap_mode="r", allow_pickle=False)
 
 
 class Corpus:
@@ -1536,7 +1542,8 @@ class Corpus:
             row = np.searchsorted(ends, place, side="right")
             shard, start, length = runs[row]
             start += place - (ends[row] - (length - frames + 1))
-            windows.append(self.shards[shard][kind][start * hop:(start + frames) * hop])
+            stored = array(self.shards[shard]["stem"], kind)
+            windows.append(stored[start * hop:(start + frames) * hop])
         return np.stack(windows)
 
     def windows(self, kind, split, keys, frames):
@@ -1619,7 +1626,7 @@ def open_corpus(config):
         named = [f"{name} ({why})" for name, why in list(corpus.skipped.items())[:5]]
         print(f"{len(corpus.skipped)} files can't be used, or not whole: {'; '.join(named)}. "
               "Convert them: ffmpeg -i FILE FILE.flac")
-    hours = sum(len(shard["mel"]) for shard in shards) / FRAME_RATE / 3600
+    hours = sum(shard["frames"] for shard in shards) / FRAME_RATE / 3600
     train, valid = corpus.hours("train"), corpus.hours("valid")
     unused = hours - train - valid
     print(f"{train:.2f} hours of speech for training, {valid:.2f} for validation"

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from cdslm import FRAME_RATE
+from cdslm import FRAME_RATE, array
 from lab.sides import windows
 
 LEAST_FRAMES = 83                      # a second, and room to shift it by three frames
@@ -65,7 +65,7 @@ def training_speech(corpus, frames):
         length = min(length, missing)
         missing -= length
         if length >= FRAME_RATE:
-            mel = corpus.shards[shard]["mel"][start:start + length]
+            mel = array(corpus.shards[shard]["stem"], "mel")[start:start + length]
             yield torch.from_numpy(mel.astype(np.float32))
 
 

@@ -472,7 +472,7 @@ import resource, sys
 sys.path.insert(0, {str(ROOT)!r})
 import cdslm
 opened = cdslm.open_corpus(cdslm.parse(sys.argv[1:]))
-print(sum(len(shard["mel"]) for shard in opened.shards), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(sum(shard["frames"] for shard in opened.shards), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
     done = subprocess.run([sys.executable, "-c", program, *flags(data=tmp_path / "data", device="cpu")], text=True,
                           capture_output=True, env=at_home(tmp_path / "cache"))

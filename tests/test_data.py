@@ -1,4 +1,6 @@
+import functools
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +55,7 @@ def heard(corpus, split):
 
 
 def seconds_cached(corpus):
-    return sum(len(shard["mel"]) for shard in corpus.shards) / 80
+    return sum(shard["frames"] for shard in corpus.shards) / 80
 
 
 def test_train_and_valid_keep_a_second_apart(corpus, folder):
@@ -145,6 +147,21 @@ def test_an_interrupted_build_goes_on(corpus, folder, own_cache, monkeypatch):
     assert kept.stat().st_mtime_ns == stamp, "a shard that was complete was made again"
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="Linux")
+def test_many_shards_do_not_stay_open(corpus, folder, own_cache, monkeypatch):
+    """A program may have about 1,000 files open; 1,000 hours are 2,000 shards."""
+    monkeypatch.setattr(room, "SHARD_SECONDS", 10)
+    monkeypatch.setattr(room, "BLOCK_SECONDS", 10)
+    monkeypatch.setattr(room, "array", functools.lru_cache(maxsize=4)(room.array.__wrapped__))
+    for i in range(20):
+        record(folder, f"{i}.wav", 10)
+    files = len(os.listdir("/proc/self/fd"))
+    opened = corpus()
+    opened.windows("mel", "train", range(200), 96)
+    opened.windows("audio", "train", range(200), 96)
+    assert len(opened.shards) >= 20 and len(os.listdir("/proc/self/fd")) <= files + 4
+
+
 def test_a_finished_cache_is_not_built_again(corpus, folder, monkeypatch):
     record(folder, "a.wav", 30)
     corpus()
@@ -164,6 +181,7 @@ def test_other_ranks_open_what_rank_0_found(corpus, folder, small, own_cache, mo
     keys = range(50)
     assert (again.windows("mel", "train", keys, 96) == opened.windows("mel", "train", keys, 96)).all()
     assert again.contents == opened.contents
+    room.array.cache_clear()
     next(own_cache.rglob("*.audio.npy")).unlink()                      # as on a node with another disk
     assert cache.indexed(config) is None
 

@@ -219,8 +219,8 @@ def test_a_folder_of_odd_recordings(zoo, small, capsys):
         name for name in kept if name.startswith(("NaN", "Inf", "text", "zeros", "png", "pipe"))
     ]
     for shard in opened.shards:
-        assert np.isfinite(shard["mel"][:]).all()
-    assert sum(len(shard["mel"]) for shard in opened.shards) >= 60 * 80
+        assert np.isfinite(np.load(f"{shard['stem']}.mel.npy")).all()
+    assert sum(shard["frames"] for shard in opened.shards) >= 60 * 80
     assert open_corpus(config).skipped == opened.skipped
     print(
         f"\n{len(names)} recordings: {len(kept)} used, {len(opened.skipped)} left out and counted"
