@@ -43,9 +43,9 @@ from lab.report import as_json, keep
 
 STUDY = "--size tiny --optimizer adamw --toy-hours 48 --warmup 20".split()
 BUDGETS = "6e11,2e12,6e12,2e13,6e13"
-SIZES = "1x32,1x48,1x64,2x128,3x192,4x256,5x320,6x384"        # depth x width
-BEST = lambda C: 3.1e5 * (C / 6e11) ** 0.6                    # where short runs had their optimum
-EPOCHS, LEAST_STEPS = 6, 100           # toy speech is repeated so often at most; steps of a run
+SIZES = "1x32,1x48,1x64,2x128,3x192,4x256,5x320"              # depth x width
+BEST = lambda C: 1.9e5 * (C / 6e11) ** 0.6                    # where short runs had their optimum
+EPOCHS, LEAST_STEPS = 16, 100          # toy speech is repeated so often at most; steps of a run
 VALIDATION = 256                                                              # windows
 SAVE_EVERY = 1000                                                             # steps
 MEASURES = {
@@ -374,8 +374,8 @@ def parse(argv=None):
                          help=f"training FLOPs, exact [{BUDGETS}]")
     running.add_argument("--sizes", type=shapes, default=SIZES,
                          help=f"depth x width of models [{SIZES}]")
-    running.add_argument("--each", type=int, default=5,
-                         help="number of sizes that each budget trains [5]")
+    running.add_argument("--each", type=int, default=4,
+                         help="number of sizes that each budget trains [4]")
     running.add_argument("--only", type=lambda text: text.split(","),
                          help="train only these sizes of the grid")
     running.add_argument("--minutes", type=float, default=10,
