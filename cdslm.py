@@ -1734,7 +1734,8 @@ def check_out(config):
             config.steps = saved.steps
     elif foreign := [*folder.glob("log.jsonl"), *folder.glob("[1-4]_*.wav")]:
         raise UserError(f"--out {folder} holds {foreign[0].name}, but no run; choose another --out")
-    there = sum(path.stat().st_size for path in folder.glob("*.pt"))
+    there = [*folder.glob("*.pt"), *folder.glob("*.shards/*")]
+    there = sum(path.stat().st_size for path in there)
     size = 4 * 16 * count(config)["parameters"] - there       # four checkpoints
     check_room(folder, size, "its checkpoints; choose another --out")
 
