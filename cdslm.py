@@ -139,9 +139,9 @@ class Config:
 
     out: str = opt(None, "run folder; by default out/SIZE", section="machine")
     device: str = opt("auto", "cuda, mps, cpu; auto: the first that is available")
-    dtype: str = opt("auto", "of matrix products; auto: bf16 where the hardware has it",
-                     "auto", "bf16", "fp32")
-    compile: bool = opt(False, "torch.compile the network")
+    dtype: str = opt("auto", "of matrix products; auto: what the hardware multiplies fast",
+                     "auto", "bf16", "fp16", "fp32")
+    compile: bool = opt(False, "torch.compile the blocks of the network")
     parallel: str = opt("ddp", "under torchrun: a copy of the model on each device (DDP), "
                                "or a shard of it (FSDP2)", "ddp", "fsdp")
     checkpoint_activations: bool = opt(False, "activation checkpointing: recompute activations in "
@@ -820,6 +820,8 @@ class OneDevice:
 
     def __init__(self, device="cpu", dtype=torch.float32):
         self.device, self.dtype = torch.device(device), dtype
+        # float16 has a small range: losses are multiplied, gradients divided by a scale.
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
 
     def micro_batches(self, config):
         """Positions in the batch that this device computes: a range for each forward pass."""
@@ -875,10 +877,12 @@ def training_step(network, ema, optimizers, diffusion, config, step, batches, ha
             with autocast(hardware.device, hardware.dtype):
                 losses = diffusion.loss(network, x0, ctx, phi, eps, self_condition)
                 loss = losses.sum() / config.batch_size
-            (loss * hardware.ranks).backward()                # the exchange takes the mean
+            hardware.scaler.scale(loss * hardware.ranks).backward()   # the exchange takes the mean
         total += loss.detach()
     total = hardware.total(total)
 
+    for optimizer in optimizers:
+        hardware.scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(network.parameters(), config.clip)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm       # of FSDP2's shards
     loss, norm = torch.stack([total, norm]).tolist()                          # waits for the device
@@ -894,6 +898,7 @@ def training_step(network, ema, optimizers, diffusion, config, step, batches, ha
         with torch.no_grad():
             averages, weights = list(ema.parameters()), list(network.parameters())
             torch._foreach_lerp_(averages, weights, 1 - decay)
+    hardware.scaler.update()                                  # smaller after a step that overflowed
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
     return loss, norm
@@ -1164,6 +1169,7 @@ def stft_distance(decoded, wave):
 
 AUDIO_FILES = set(".wav .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .au .caf .w64 .rf64 .sph "
                   ".m4a .aac .mp4 .webm .wma .amr .mkv .mov".split())     # the last are never read
+RETRIES = 50 if os.name == "nt" else 0
 
 
 def reason(error):
@@ -1271,6 +1277,15 @@ def save_audio(path, wave):
         soundfile.write(temporary, wave, RATE, format="WAV", subtype="PCM_16")
 
 
+def rename(old, new):
+    """os.replace. On Windows it fails while another program reads the file: try for five seconds."""
+    for _ in range(RETRIES):
+        with contextlib.suppress(PermissionError):
+            return os.replace(old, new)
+        time.sleep(0.1)
+    os.replace(old, new)
+
+
 @contextlib.contextmanager
 def replacing(path, keep=None):
     """Write a file whole or not at all: yields a temporary path that becomes `path` if all goes
@@ -1282,8 +1297,8 @@ def replacing(path, keep=None):
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         if keep and path.exists():
-            os.replace(path, keep)
-        os.replace(temporary, path)
+            rename(path, keep)
+        rename(temporary, path)
     except (OSError, RuntimeError, UnicodeError) as error:    # torch, libsndfile: RuntimeError
         full = path.parent.is_dir() and shutil.disk_usage(path.parent).free < 2 ** 20
         why = "the disk is full" if full else reason(error)
@@ -1835,9 +1850,12 @@ def decide(config):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")            # TF32
-    if config.dtype == "auto":
-        return device, torch.bfloat16 if multiplies_bf16(device) else torch.float32
-    return device, torch.bfloat16 if config.dtype == "bf16" else torch.float32
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    if config.dtype != "auto":
+        return device, dtypes[config.dtype]
+    if multiplies_bf16(device):
+        return device, torch.bfloat16
+    return device, torch.float16 if device.type == "cuda" else torch.float32  # such as a T4
 
 
 def multiplies_bf16(device):
@@ -2014,14 +2032,15 @@ class Trainer:
             self.model, self.ema = model.to(device), copy.deepcopy(model).to(device)
         self.ema.eval().requires_grad_(False)
         self.network = self.model
+        if config.compile:
+            torch._dynamo.config.suppress_errors = True       # where it fails, go on without
+            for block in self.model.blocks:
+                block.compile()
         if dist.is_initialized() and config.parallel == "ddp":
             # Weights that only self-conditioning uses have no gradient in the other steps.
             self.network = DistributedDataParallel(
                 self.model, gradient_as_bucket_view=True,
                 find_unused_parameters=config.self_condition > 0)
-        if config.compile:
-            torch._dynamo.config.suppress_errors = True       # where it fails, go on without
-            self.network = torch.compile(self.network)
 
         self.diffusion = Diffusion(config)
         self.optimizers = make_optimizers(self.model, config, dtype)
@@ -2055,7 +2074,8 @@ class Trainer:
 
     def frames(self, mel):
         """Log-mel windows (b, T, 80) -> context (b, Tc, C) and continuation (b, Tg, C)."""
-        mel = mel.to(self.device, non_blocking=True).float()
+        # Elsewhere a copy that does not wait may read memory that is free again.
+        mel = mel.to(self.device, non_blocking=self.device.type == "cuda").float()
         frames = self.autoencoder.from_mel(mel)
         return frames.split([self.config.ctx_frames, self.config.gen_frames], dim=1)
 
@@ -2151,8 +2171,9 @@ class Trainer:
 def check_run(config):
     """Raise UserError before work begins: about flags, folders, disk and memory."""
     device, dtype = decide(config)
-    if config.parallel == "fsdp" and (ranks()[1] == 1 or config.optimizer == "muon"):
-        raise UserError("--parallel fsdp needs torchrun and --optimizer adamw")
+    unfit = ranks()[1] == 1 or config.optimizer == "muon" or dtype == torch.float16
+    if config.parallel == "fsdp" and unfit:
+        raise UserError("--parallel fsdp needs torchrun, --optimizer adamw and --dtype bf16 or fp32")
     for needed, name in ((config.parallel == "fsdp", "fsdp"), (config.latent_dim, "latents")):
         if needed and lab(name) is None:
             raise UserError(f"these flags need lab/{name}.py beside cdslm.py")

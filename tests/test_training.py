@@ -444,3 +444,42 @@ def test_the_ruler_does_not_move_when_a_student_changes_the_loss(trainer, monkey
                          ("alpha", lambda self, t: 1 - t)):
         monkeypatch.setattr(cdslm.Diffusion, name, change)
     assert t.validate(8) == before
+
+
+def test_float16_trains_as_float32_does(mute, small):
+    """As on a T4, whose matrix products are fast in float16 only."""
+    losses = {}
+    for dtype in ("fp16", "fp32"):
+        config = small(dtype=dtype, steps=5, out=str(Path(small().out) / dtype))
+        train(config)
+        losses[dtype] = [row["loss"] for row in log(Path(config.out))]
+    assert losses["fp16"] == pytest.approx(losses["fp32"], rel=2e-2)
+    assert losses["fp16"] != losses["fp32"]
+
+
+def test_a_step_that_overflows_float16_changes_nothing_but_the_scale(trainer):
+    t = trainer()
+    t.hardware = cdslm.OneDevice("cpu", torch.float16)
+    t.hardware.scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** 60)
+    before = [parameter.clone() for parameter in t.model.parameters()]
+    row = t.step()
+    assert row["skipped"] == 1 and math.isfinite(row["loss"])
+    assert all(map(torch.equal, before, t.model.parameters()))
+    assert t.hardware.scaler.get_scale() == 2.0 ** 59
+
+
+def test_on_windows_a_file_that_is_read_is_replaced_a_moment_later(tmp_path, monkeypatch):
+    path, replace, tries = tmp_path / "checkpoint.pt", os.replace, []
+
+    def busy(old, new):
+        tries.append(old)
+        if len(tries) < 3:
+            raise PermissionError("another program reads it")
+        replace(old, new)
+
+    monkeypatch.setattr(cdslm, "RETRIES", 50)
+    monkeypatch.setattr(cdslm.os, "replace", busy)
+    monkeypatch.setattr(cdslm.time, "sleep", lambda seconds: None)
+    with cdslm.replacing(path) as temporary:
+        temporary.write_text("new")
+    assert len(tries) == 3 and path.read_text() == "new"
