@@ -1,6 +1,6 @@
 """scaling: what is the best use of a compute budget? A small isoFLOP study: runs, then laws.
 
-    python -m lab.scaling run --out runs/iso                        an hour on one core
+    python -m lab.scaling run --out runs/iso                        45 minutes on one core
     python -m lab.scaling run --out runs/iso --seed 1               the second seed; beside the first
     python -m lab.scaling fit runs/iso --plot runs/iso.png          fits the laws, draws them
 
