@@ -839,11 +839,6 @@ class OneDevice:
         return value
 
 
-def self_conditions(config, step):
-    """Whether a training step uses self-conditioning."""
-    return uniform(config.seed, "guess", step) < config.self_condition
-
-
 def noise_levels(config, diffusion, step, positions):
     """Noise angles (b,) of the windows at these positions in a step's batch. The times of a batch
     are evenly spaced, with one random offset per step."""
@@ -864,7 +859,7 @@ def training_step(network, ema, optimizers, diffusion, config, step, batches, ha
 
     `batches` iterates over micro-batches: ctx (b, Tc, C), x0 (b, Tg, C), eps like x0. Returns the
     loss and the gradient norm; where either is not finite, no weight has changed."""
-    self_condition = self_conditions(config, step)
+    self_condition = uniform(config.seed, "guess", step) < config.self_condition
     parts = hardware.micro_batches(config)
 
     # Gradients, summed over the micro-batches.
@@ -1278,7 +1273,7 @@ def save_audio(path, wave):
 
 
 def rename(old, new):
-    """os.replace. On Windows it fails while another program reads the file: try for five seconds."""
+    """os.replace. On Windows it fails while another program reads the file: try for 5 seconds."""
     for _ in range(RETRIES):
         with contextlib.suppress(PermissionError):
             return os.replace(old, new)
@@ -1504,7 +1499,7 @@ def open_shard(stem):
     try:
         shard = json.loads(Path(f"{stem}.json").read_text()) | {"stem": str(stem)}
         frames = shard["frames"] = sum(length for _, _, length in shard["clips"])
-        audio, mel = array(shard["stem"], "audio"), array(shard["stem"], "mel")
+        audio, mel = (array.__wrapped__(stem, kind) for kind in ("audio", "mel"))
         if audio.shape == (frames * HOP,) and mel.shape == (frames, MELS):
             return shard
     except (FileNotFoundError, EOFError, ValueError, TypeError, KeyError, RecursionError):
@@ -2173,7 +2168,7 @@ def check_run(config):
     device, dtype = decide(config)
     unfit = ranks()[1] == 1 or config.optimizer == "muon" or dtype == torch.float16
     if config.parallel == "fsdp" and unfit:
-        raise UserError("--parallel fsdp needs torchrun, --optimizer adamw and --dtype bf16 or fp32")
+        raise UserError("--parallel fsdp needs torchrun, --optimizer adamw, --dtype bf16 or fp32")
     for needed, name in ((config.parallel == "fsdp", "fsdp"), (config.latent_dim, "latents")):
         if needed and lab(name) is None:
             raise UserError(f"these flags need lab/{name}.py beside cdslm.py")

@@ -4,8 +4,10 @@ import dataclasses
 import json
 import math
 import multiprocessing
+import os
 import subprocess
 import sys
+import tempfile
 import types
 from pathlib import Path
 
@@ -210,7 +212,9 @@ def test_cuts_fall_on_quiet_points():
 
 def corpus_of(mel):
     corpus = cdslm.Corpus.__new__(cdslm.Corpus)
-    corpus.shards, corpus.runs, corpus.tables = [{"mel": mel}], {"train": np.array([[0, 0, len(mel)]])}, {}
+    stem = os.path.join(tempfile.mkdtemp(), "0")
+    np.save(f"{stem}.mel.npy", mel)
+    corpus.shards, corpus.runs, corpus.tables = [{"stem": stem}], {"train": np.array([[0, 0, len(mel)]])}, {}
     return corpus
 
 

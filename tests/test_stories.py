@@ -327,13 +327,15 @@ def test_the_chain_hears_what_was_said():
 # Windows of a corpus.
 
 @pytest.fixture
-def numbered():
+def numbered(tmp_path):
     """A corpus of recordings of 10 to 100 frames, of which each frame has its own number."""
     lengths = np.random.default_rng(0).integers(10, 100, 200)
     audio = np.repeat(np.arange(lengths.sum()), HOP).astype(np.int16)
     clips = [[f"{number}/a.wav", 0, int(length)] for number, length in enumerate(lengths)]
     mel = np.zeros((len(audio) // HOP, 80), np.float16)
-    return Corpus([{"clips": clips, "skipped": {}, "audio": audio, "mel": mel}], 40)
+    np.save(tmp_path / "0.audio.npy", audio)
+    np.save(tmp_path / "0.mel.npy", mel)
+    return Corpus([{"clips": clips, "skipped": {}, "stem": str(tmp_path / "0")}], 40)
 
 
 def frame_numbers(waves):
