@@ -153,7 +153,7 @@ def test_the_file_is_executed_once(tmp_path):
 @pytest.mark.parametrize("old, new, differs", [
     ("return capped if self.predict", "return 2 * capped if self.predict", True),
     ("        shrink = math.sin(next_phi)", "        shrink = math.cos(next_phi)", True),
-    ('"""Whether a training step uses', '"""Whether (a note) a training step uses', False),
+    ('"""One update of the network', '"""One (a note) update of the network', False),
     ("        # Tokens.\n", "        # Tokens of a student.\n", False),
     ("SAVE_SECONDS = 600", "SAVE_SECONDS = 60", False)])
 def test_the_methods_fingerprint_follows_the_method_alone(tmp_path, old, new, differs):
