@@ -1385,7 +1385,8 @@ def find_recordings(root, skipped):
             continue
         seen.add(place)
         folders.sort()                                        # of two links, the same one always
-        for path in (Path(parent, name) for name in sorted(names)):
+        # Without hidden files: macOS leaves a ._NAME beside NAME.
+        for path in (Path(parent, name) for name in sorted(names) if name[0] != "."):
             if path.suffix.lower() in AUDIO_FILES and path.is_file():
                 found.setdefault(path.resolve(), path)
     return sorted(found.values())

@@ -147,6 +147,13 @@ def test_an_interrupted_build_goes_on(corpus, folder, own_cache, monkeypatch):
     assert kept.stat().st_mtime_ns == stamp, "a shard that was complete was made again"
 
 
+def test_hidden_files_do_not_count(corpus, folder):
+    """macOS leaves a ._a.wav, which is no sound, beside a.wav on other disks."""
+    record(folder, "a.wav", 30)
+    (folder / "._a.wav").write_bytes(b"no sound")
+    assert not corpus().skipped
+
+
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="Linux")
 def test_many_shards_do_not_stay_open(corpus, folder, own_cache, monkeypatch):
     """A program may have about 1,000 files open; 1,000 hours are 2,000 shards."""

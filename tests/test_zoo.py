@@ -210,7 +210,8 @@ def test_a_folder_of_odd_recordings(zoo, small, capsys):
     assert f"{len(opened.skipped)} files can't be used, or not whole" in said
     assert all(line.isprintable() for line in said.splitlines())
     used = {clip.name for clip in folder_source(config.data).clips}
-    assert used | opened.skipped.keys() == names.keys(), "neither used nor counted"
+    twice = {f"{FINE} wav.wav"}                               # a link leads to it
+    assert used | opened.skipped.keys() == names.keys() - twice, "neither used nor counted"
     assert not [name for name in opened.skipped if FINE in name]
     counted = {name.split(".")[1] for name in opened.skipped if JOINED in name}
     assert counted == FORMATS.keys() - {"w64"}, "not counted"  # of w64 libsndfile reads all
@@ -299,7 +300,8 @@ def test_what_may_not_be_read_is_counted(small, monkeypatch):
         if root:  # who may read everything
             os.seteuid(65534)
         try:
-            assert open_corpus(small(data=str(folder / "data"))).skipped.keys() == {"shut.wav"}
+            skipped = open_corpus(small(data=str(folder / "data"))).skipped
+            assert skipped.keys() == {"shut.wav", "closed"}
         finally:
             if root:
                 os.seteuid(0)
