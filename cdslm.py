@@ -1692,6 +1692,15 @@ def checkpoints(folder):
         raise UserError(f"{folder}: none of its checkpoints can be read")
 
 
+def can_go_on(found, config):
+    """Whether a run of `config.steps` can go on from a checkpoint of which `found` holds step and
+    steps: not where the learning rate has already decayed, to another number of steps."""
+    limit = config.steps
+    if config.lr_schedule == "wsd" and found["steps"] != config.steps:
+        limit = decay_start(min(config.steps, found["steps"]))
+    return found["step"] <= limit
+
+
 def resume_point(folder, config):
     """The newest checkpoint from which a run of `config.steps` can go on; None for a new run. A run
     whose learning rate has already decayed, to fewer steps, goes back to the trunk."""
@@ -1699,11 +1708,8 @@ def resume_point(folder, config):
     for found in checkpoints(folder):
         if found["steps"] == config.steps:
             return found                                      # the others need not be read
-        limit = config.steps
-        if config.lr_schedule == "wsd":
-            limit = decay_start(min(config.steps, found["steps"]))
         steps.append(found["step"])
-        if found["step"] <= limit:
+        if can_go_on(found, config):
             fits.append(found)
     if steps and not fits:
         raise UserError(f"{folder} is past what --steps {config.steps} can go on from, at step "

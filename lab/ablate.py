@@ -1,7 +1,7 @@
 """ablate: what does each choice of the first command buy? Short runs, judged by their language.
 
     python -m lab.ablate                   each choice changed, one at a time; an hour on one core
-    python -m lab.ablate --seed 1          one of three seeds alone, so that processes share the work
+    python -m lab.ablate --seed 1          one of three seeds alone: processes may share the work
     python -m lab.ablate --table           trains nothing: prints the results that are there
 
 A model is `tiny`, trained for 1,000 steps. Frames are recognised without the decoder, so that only
@@ -22,8 +22,8 @@ SEEDS = 0, 1, 2
 BASE = "--steps 1000 --decoder griffinlim --device cpu"
 MINUTES = 10                           # of generated speech that is judged
 
-# What is changed, one string of flags a model: first the neighbours of the default, then the paper's
-# choices.
+# What is changed, one string of flags a model: first the neighbours of the default, then what the
+# paper chose.
 CHANGES = ["", "--min-snr-gamma 0.1", "--min-snr-gamma 0.5", "--t-shift 1.5",
            "--min-snr-gamma 5", "--self-condition 0", "--optimizer adamw"]
 

@@ -24,7 +24,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import state_dict as tools
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from cdslm import (MMDiT, Parser, UserError, check_room, cli, count, decay_start, load,
+from cdslm import (MMDiT, Parser, UserError, can_go_on, check_room, cli, count, load,
                    make_optimizers, read_config, save)
 
 NAMES = "checkpoint", "checkpoint.previous", "trunk"
@@ -93,9 +93,9 @@ def read(place, model, ema, optimizers, group=None):
 
 
 def fitting(folder, config):
-    """The checkpoints in shards from which a run of `config.steps` can go on, by the rule of
-    `resume_point`: [(step, folder)], the newest first."""
-    found, steps = [], []
+    """The checkpoints in shards from which a run of `config.steps` can go on: [(step, folder)], the
+    newest first."""
+    found = []
     for place in (folder / f"{name}.shards" for name in NAMES):
         if not place.exists():
             continue
@@ -104,11 +104,7 @@ def fitting(folder, config):
         except UserError as error:
             print(f"warning: {error}; trying the one before")
             continue
-        limit = config.steps
-        if facts["steps"] != config.steps and config.lr_schedule == "wsd":
-            limit = decay_start(min(config.steps, facts["steps"]))
-        steps.append(facts["step"])
-        if facts["step"] <= limit:
+        if can_go_on(facts, config):
             found.append((facts["step"], place))
     return sorted(found, reverse=True)
 

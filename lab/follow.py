@@ -21,7 +21,7 @@ from cdslm import FRAME_RATE, Parser, UserError, cli, read_config
 from lab.roofline import GPU
 
 POLL = 2                              # seconds between two looks at the log
-# Dense bf16 FLOP/s, from the makers' data sheets. T4 and V100 have fp16 only.
+# Dense bf16 FLOP/s, as the makers state them (only the H100's was checked). T4 and V100: fp16.
 PEAKS = {
     "H100": GPU["tflops"][0] * 1e12, "H200": 989e12, "H100 PCIe": 756e12, "A100": 312e12,
     "L40S": 362e12, "A10": 125e12, "L4": 121e12, "V100": 125e12, "T4": 65e12,

@@ -41,16 +41,12 @@ class Judge:
         waves, _ = speak(self.toy, REFERENCE, 3 * clips, gen, "reference")
         mel = batched(log_mel, waves)
         self.reference = self.listener.hear(mel)["clips"]
-        self.reference_frames = self.normalised(mel)
+        self.stats = autoencoder.mel_stats.cpu()
+        self.reference_frames = quality.mel_frames(mel, self.stats)
         self.pairs = {}
         for kind in ASKED:
             with contextlib.suppress(UserError):              # the window is too short for it
                 self.pairs[kind] = pair_speech.make_pairs(self.toy, kind, NUMBER, ctx, gen)
-
-    def normalised(self, mel):
-        """Log-mel (B, T, 80) -> frames (B T, 80), a row each."""
-        mean, std = self.autoencoder.mel_stats.cpu()
-        return ((mel.cpu() - mean) / std).flatten(0, 1).numpy()
 
     def __call__(self, model, steps=STEPS, cfg=CFG):
         gen, few = model.config.gen_frames, -(-len(self.contexts) // WINDOWS)
@@ -71,7 +67,7 @@ class Judge:
             "language_kept": language_kept(self.toy, clips, self.languages),
             "late_words": late["word_rate"],
             "late_language": language_kept(self.toy, last, self.languages),
-            "mel": quality.frechet(self.normalised(mel), self.reference_frames),
+            "mel": quality.frechet(quality.mel_frames(mel.cpu(), self.stats), self.reference_frames),
             "dnsmos": self.opinion(frames[:HEARD]), **right}
 
     def hear(self, frames):
@@ -82,9 +78,8 @@ class Judge:
 
     def share_right(self, model, asked):
         """Share of Pairs whose true utterance the model finds likelier."""
-        errors, _ = pairs.ask(model, self.autoencoder, asked, draws=2)
-        chosen = pairs.score(errors[:, 1]) - pairs.score(errors[:, 0])
-        return float(pairs.share_right(chosen))
+        errors, nulls = pairs.ask(model, self.autoencoder, asked, draws=2)
+        return pairs.accuracy(errors, nulls, [pair.case for pair in asked])["accuracy"]
 
     def opinion(self, frames):
         """Mean overall DNSMOS of decoded frames; NaN without the package."""

@@ -57,10 +57,9 @@ def frechet(a, b):
     return float(gap @ gap + max(0.0, trace))
 
 
-def mel_frames(waves, stats):
-    """Waves (B, N) -> normalised log-mel frames (B * T, 80); `stats` are mean and deviation."""
-    mel = batched(log_mel, waves).flatten(0, 1)
-    return ((mel - stats[0]) / stats[1]).numpy()
+def mel_frames(mel, stats):
+    """Log-mel (B, T, 80) -> normalised frames (B * T, 80); `stats` are mean and deviation."""
+    return ((mel - stats[0]) / stats[1]).flatten(0, 1).numpy()
 
 
 def pitch_statistics(waves):
@@ -84,7 +83,8 @@ def pitch_statistics(waves):
 def distances(waves, reference, stats):
     """{mel, pitch}: Fréchet distances of waves (B, N) from a reference; of pitch in the
     reference's standard deviations."""
-    found = {"mel": frechet(mel_frames(waves, stats), mel_frames(reference, stats))}
+    sides = [mel_frames(batched(log_mel, side), stats) for side in (waves, reference)]
+    found = {"mel": frechet(*sides)}
     rows, others = pitch_statistics(waves), pitch_statistics(reference)
     found["pitch"] = math.nan
     if min(len(rows), len(others)) > 4:

@@ -1,7 +1,7 @@
 """scaling: what is the best use of a compute budget? A small isoFLOP study: runs, then laws.
 
     python -m lab.scaling run --out runs/iso                        45 minutes on one core
-    python -m lab.scaling run --out runs/iso --seed 1               the second seed; beside the first
+    python -m lab.scaling run --out runs/iso --seed 1               a second seed, beside the first
     python -m lab.scaling fit runs/iso --plot runs/iso.png          fits the laws, draws them
 
 `run` trains on toy speech as `tiny` is trained, but with the paper's optimiser, AdamW: its learning
@@ -44,7 +44,6 @@ from lab.report import as_json, keep
 STUDY = "--size tiny --optimizer adamw --toy-hours 48 --warmup 20".split()
 BUDGETS = "6e11,2e12,6e12,2e13,6e13"
 SIZES = "1x32,1x48,1x64,2x128,3x192,4x256,5x320"              # depth x width
-BEST = lambda C: 1.9e5 * (C / 6e11) ** 0.6                    # where short runs had their optimum
 EPOCHS, LEAST_STEPS = 16, 100          # toy speech is repeated so often at most; steps of a run
 VALIDATION = 256                                                              # windows
 SAVE_EVERY = 1000                                                             # steps
@@ -60,9 +59,14 @@ COLOURS = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00"
 # --------------------------------------------------------------------------------------------------
 # Run. Budgets rise, since each run begins at the trunk of the one before.
 
+def best_size(budget):
+    """The parameters at which short runs had their optimum."""
+    return 1.9e5 * (budget / 6e11) ** 0.6
+
+
 def plan(arguments, base):
     """[(size, budget, Config)] of all runs. Each budget trains `each` sizes, those nearest to
-    BEST of it among those that need not repeat their speech too often."""
+    `best_size` among those that need not repeat their speech too often."""
     shapes = {}
     for depth, width in arguments.sizes:
         config = dataclasses.replace(base, depth=depth, width=width)
@@ -85,7 +89,7 @@ def plan(arguments, base):
         if not able:
             raise UserError(f"{budget:g} FLOPs suit none of --sizes: a run would have fewer than "
                             f"{LEAST_STEPS} steps, or hear its speech more than {EPOCHS} times")
-        able.sort(key=lambda size: abs(math.log(shapes[size][1]["parameters"] / BEST(budget))))
+        able.sort(key=lambda size: abs(math.log(shapes[size][1]["parameters"] / best_size(budget))))
         for size in sorted(able[:arguments.each], key=list(shapes).index):
             if size in only:
                 out = str(arguments.out / f"{size}-seed{base.seed}")

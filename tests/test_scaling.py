@@ -739,7 +739,7 @@ def test_each_budget_trains_the_sizes_next_to_its_guess():
         mine = [config for size, C, config in runs if C == budget]
         sizes = [scaling.count(config)["parameters"] for config in mine]
         assert len(mine) == 4 and sizes == sorted(set(sizes)) and sizes[-1] > 5 * sizes[0]
-        assert sizes[0] < scaling.BEST(budget) < sizes[3]
+        assert sizes[0] < scaling.best_size(budget) < sizes[3]
         for config in mine:
             windows = config.steps * config.batch_size
             cost = windows * scaling.count(config)["flops"]
