@@ -91,6 +91,7 @@ class Config:
     toy_languages: int = opt(2, "toy speech: number of languages", least=1)
     toy_grammar: str = opt("words", "toy speech: pairs of words, or conversations of 36 words",
                            "words", "topics")
+    toy_seed: int = opt(0, "toy speech: which languages are invented", least=0)
     toy_hours: float = opt(3.0, "toy speech: hours to synthesise", above=0)
     ctx_seconds: float = opt(None, "seconds of context that the model sees", above=0)
     gen_seconds: float = opt(None, "seconds that it generates at once", above=0)

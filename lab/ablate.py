@@ -9,7 +9,6 @@ the model is judged. Results are kept in lab/results/ablations.csv, where the sa
 docs/results.md shows them, "What each choice buys".
 """
 import csv
-import statistics
 from pathlib import Path
 
 import torch
@@ -17,6 +16,7 @@ import torch
 from cdslm import (Parser, Trainer, UserError, cli, count, decide, fit_autoencoder, open_corpus,
                    parse as parse_config, replacing)
 from lab.judge import ASKED, Judge
+from lab.report import spread
 
 SEEDS = 0, 1, 2
 BASE = "--steps 1000 --decoder griffinlim --device cpu"
@@ -74,11 +74,7 @@ def table():
             continue
         cells = []
         for name, digits in DIGITS.items():
-            values = [float(row[name]) for row in mine]
-            cell = f"{statistics.mean(values):.{digits}f}"
-            if len(values) > 1:
-                cell += f" ± {(max(values) - min(values)) / 2:.{digits}f}"
-            cells.append(cell)
+            cells.append(spread([float(row[name]) for row in mine], digits))
         config = parse_config(f"{BASE} {flags}".split())
         flops = count(config)["flops"] * config.batch_size * config.steps
         title = f"`{flags}`" if flags else "nothing"

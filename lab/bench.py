@@ -277,7 +277,7 @@ def toy_contexts(config, autoencoder, number):
     from eval_pjsd import CONTEXTS
     from lab.listener import speak
     from lab.toyspeech import ToySpeech
-    toy = ToySpeech(config.toy_languages, config.toy_words)
+    toy = ToySpeech(config.toy_languages, config.toy_words, config.toy_seed)
     frames = config.ctx_frames + config.gen_frames
     waves, _ = speak(toy, CONTEXTS, number, frames, "contexts", config.ctx_frames)
     return toy, autoencoder.encode(waves)

@@ -29,7 +29,7 @@ class Judge:
 
     def __init__(self, config, autoencoder, device, dtype, minutes):
         self.autoencoder, self.device, self.dtype = autoencoder, device, dtype
-        self.toy = ToySpeech(config.toy_languages, config.toy_words)
+        self.toy = ToySpeech(config.toy_languages, config.toy_words, config.toy_seed)
         self.listener = load_listener()
         ctx, gen = config.ctx_frames, config.gen_frames
         clips = max(1, round(minutes * 60 * FRAME_RATE / gen))

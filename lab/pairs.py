@@ -206,7 +206,7 @@ def makers(arguments, config):
         if config.toy_grammar == "topics":
             raise UserError(f"{arguments.run} was trained on conversations, of which there are no "
                             "pairs; see python -m lab.coherence")
-        toy = ToySpeech(config.toy_languages, config.toy_words)
+        toy = ToySpeech(config.toy_languages, config.toy_words, config.toy_seed)
         sizes = config.ctx_frames, config.gen_frames
         made = {kind: lambda kind=kind: pair_speech.make_pairs(toy, kind, count, *sizes)
                 for kind in pair_speech.KINDS if kind != "language" or len(toy.languages) > 1}

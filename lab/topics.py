@@ -259,8 +259,8 @@ def word_pairs():
 def toy_speech(config):
     """The corpus of invented languages that a Config describes."""
     if config.toy_grammar == "topics":
-        return TopicSpeech(config.toy_languages)
-    return ToySpeech(config.toy_languages, config.toy_words)
+        return TopicSpeech(config.toy_languages, config.toy_seed)
+    return ToySpeech(config.toy_languages, config.toy_words, config.toy_seed)
 
 
 def toy_source(config):
@@ -280,4 +280,6 @@ def toy_source(config):
     print(f"toy speech, version {toy.version}: {words} words per language, "
           f"{', '.join(bits)} bits per phone")
     name = f"{toy.name}-{config.toy_languages}x{words}-{count}x{seconds:.0f}s"
+    if toy.seed:
+        name += f"-{toy.seed}"
     return Source(name, f"{CACHE_VERSION} {toy.version}", clips, {})
