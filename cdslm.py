@@ -38,7 +38,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 
 # ==================================================================================================
@@ -47,12 +46,7 @@ from torch.utils.checkpoint import checkpoint
 
 # --------------------------------------------------------------------------------------------------
 # 1. Config. One dial, the depth L: the width is 128 L [paper], attention heads are 64 wide. --size
-# names a depth, a window, a training budget, and the paper's method or the laptop's. Every field is
-# also a flag.
-
-class UserError(Exception):
-    """A mistake that the user can correct: printed as one line, exit status 2."""
-
+# names a depth, a window, a training budget, and the paper's method or the laptop's.
 
 PAPER = dict(
     ctx_seconds=10.0, gen_seconds=30.0, patch_size=4, predict="v", self_condition=0.0,
@@ -83,98 +77,69 @@ def opt(default, help, *choices, above=None, least=None, most=None, section=None
 
 @dataclass
 class Config:
-    """Every setting of a run. A field left at None takes its value from `SIZES[size]`."""
+    """Every setting of a run. A field left at None takes its value from `SIZES[size]`. Section 15
+    checks the values and makes a flag of every field."""
     size: str = opt("tiny", "the one dial: depth, and with it width, window and steps", *SIZES)
 
     data: str = opt("toy", "folders of recordings, or toy: invented languages", section="data")
     toy_words: int = opt(16, "toy speech: words in each invented language", least=2)
     toy_languages: int = opt(2, "toy speech: number of languages", least=1)
-    toy_grammar: str = opt("words", "toy speech: pairs of words, or conversations of 36 words",
-                           "words", "topics")
+    toy_grammar: str = opt("words", "toy speech: pairs of words, or dialogues", "words", "topics")
     toy_seed: int = opt(0, "toy speech: which languages are invented", least=0)
     toy_hours: float = opt(3.0, "toy speech: hours to synthesise", above=0)
     ctx_seconds: float = opt(None, "seconds of context that the model sees", above=0)
     gen_seconds: float = opt(None, "seconds that it generates at once", above=0)
 
-    latent_dim: int = opt(0, "0: diffuse log-mel frames; 16: diffuse 16 learned latents per frame",
-                          least=0, section="sound")
-    decoder: str = opt("neural", "frames to sound: learned, or Griffin-Lim (no training)",
-                       "neural", "griffinlim")
+    latent_dim: int = opt(0, "learned latents per frame; 0: log-mel", least=0, section="sound")
+    decoder: str = opt("neural", "frames to sound: learned, or not", "neural", "griffinlim")
     decoder_steps: int = opt(300, "training steps of the learned decoder", least=0)
 
     depth: int = opt(None, "number of blocks L", least=1, section="network")
     width: int = opt(None, "model width d; by default 128 L (tiny: 192)", least=1)
     patch_size: int = opt(None, "frames per token, k", least=1)
 
-    predict: str = opt(None, "the network predicts the velocity (paper) or the clean frames",
-                       "v", "x0", section="diffusion")
-    self_condition: float = opt(None, "share of training steps with self-conditioning (paper: 0)",
-                                least=0, most=1)
+    predict: str = opt(None, "velocity (paper), or clean frames", "v", "x0", section="diffusion")
+    self_condition: float = opt(None, "share of self-conditioned steps (paper: 0)", least=0, most=1)
     schedule: str = opt("cosine", "noise schedule", "cosine", "linear", "exponential")
     zero_terminal_snr: bool = opt(False, "pure noise at t = 1: no trace of x0 is left")
     min_snr_gamma: float = opt(None, "cap of the loss weight min(SNR, gamma) (paper: 5)", above=0)
     t_shift: float = opt(None, "added to logit(t): more training at high noise (paper: 0)")
-    sampling: str = opt(None, "steps evenly spaced and all guided (paper), or both where the words "
-                              "of toy speech are decided", "even", "words")
-    ctx_drop: float = opt(0.0, "share of training contexts replaced by silence (paper: 0)",
-                          least=0, most=1)
+    sampling: str = opt(None, "even steps (paper), or where words are decided", "even", "words")
+    ctx_drop: float = opt(0.0, "share of contexts replaced by silence (paper: 0)", least=0, most=1)
 
-    steps: int = opt(None, "optimiser steps; a larger number extends a finished run",
-                     least=1, section="training")
-    minutes: float = opt(None, "train fewer steps if they would take longer than this (0, or "
-                               "--steps alone: no limit; one process, wsd)", least=0)
+    steps: int = opt(None, "training steps; more extend a finished run", least=1,
+                     section="training")
+    minutes: float = opt(None, "train fewer steps if they would take longer (0: no limit)", least=0)
     batch_size: int = opt(None, "windows per step, over all devices", least=1)
     micro_batch: int = opt(0, "windows per forward pass, to save memory (0: all)", least=0)
     optimizer: str = opt(None, "for the hidden matrices; the rest uses AdamW", "adamw", "muon")
     lr: float = opt(1e-3, "AdamW learning rate at L = 4, d = 512; muP gives the others", above=0)
     muon_lr: float = opt(0.02, "Muon learning rate, the same at every width", above=0)
     weight_decay: float = opt(0.03, "AdamW weight decay at L = 4, d = 512", least=0)
-    lr_schedule: str = opt("wsd", "warmup, constant, linear decay; or warmup and cosine",
-                           "wsd", "cosine")
+    lr_schedule: str = opt("wsd", "after warmup: constant, then linear; cosine", "wsd", "cosine")
     warmup: int = opt(100, "steps of linear warmup", least=0)
     clip: float = opt(1.0, "maximum gradient norm", above=0)
-    ema: float = opt(0.999, "EMA decay; the EMA weights are validated and sampled (0: no EMA)",
-                     least=0, most=1)
+    ema: float = opt(0.999, "EMA decay; EMA weights are validated and sampled", least=0, most=1)
     eval_every: int = opt(500, "steps between validations; each saves a checkpoint", least=1)
     seed: int = opt(0, "all randomness follows from this number", least=0, most=2 ** 63 - 1)
 
     out: str = opt(None, "run folder; by default out/SIZE", section="machine")
     device: str = opt("auto", "cuda, mps, cpu; auto: the first that is available")
-    dtype: str = opt("auto", "of matrix products; auto: what the hardware multiplies fast",
-                     "auto", "bf16", "fp16", "fp32")
+    dtype: str = opt("auto", "of matrix products", "auto", "bf16", "fp16", "fp32")
     compile: bool = opt(False, "torch.compile the blocks of the network")
-    parallel: str = opt("ddp", "under torchrun: a copy of the model on each device (DDP), "
-                               "or a shard of it (FSDP2)", "ddp", "fsdp")
-    checkpoint_activations: bool = opt(False, "activation checkpointing: recompute activations in "
-                                              "the backward pass to save memory")
+    parallel: str = opt("ddp", "each device holds the whole model, or a shard", "ddp", "fsdp")
+    checkpoint_activations: bool = opt(False, "recompute activations: less memory, more time")
 
     def __post_init__(self):
-        if self.size not in SIZES:
-            raise UserError(f"unknown size {self.size!r}; choose one of {', '.join(SIZES)}")
         # A time limit: by default that of the size; --steps alone switches it off.
         if self.minutes is None and self.steps is not None:
             self.minutes = 0.0
         for name, value in ({"minutes": 0.0} | SIZES[self.size]).items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        if isinstance(self.data, (list, tuple)):
-            self.data = [str(name) for name in self.data]
-        else:
-            self.data = str(self.data)
         if self.width is None:
             self.width = 128 * self.depth
         self.out = str(self.out or f"out/{self.size}")
-        for f in dataclasses.fields(self):
-            check("--" + f.name.replace("_", "-"), getattr(self, f.name), **f.metadata["limits"])
-
-        if not (self.ctx_frames and self.gen_frames):
-            raise UserError("--ctx-seconds and --gen-seconds must hold at least one token of "
-                            f"{self.patch_size} frames")
-        if self.width % (64 if self.width > 64 else 4):
-            raise UserError(f"--width must be a multiple of 64 (below 64, of 4), not {self.width}")
-        if self.micro_batch and self.batch_size % self.micro_batch:
-            raise UserError(f"--micro-batch {self.micro_batch} must divide --batch-size "
-                            f"{self.batch_size}")
 
     @property
     def ctx_frames(self):
@@ -190,20 +155,6 @@ class Config:
     def channels(self):
         """Numbers per frame, C."""
         return self.latent_dim or MELS
-
-
-def check(flag, value, choices, above, least, most):
-    """Raise UserError unless `value` is one that this flag allows."""
-    if choices and value not in choices:
-        raise UserError(f"{flag} is {value!r}; choose one of {', '.join(choices)}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{flag} must be a finite number")
-    if above is not None and value <= above:
-        raise UserError(f"{flag} must be more than {above}")
-    if least is not None and value < least:
-        raise UserError(f"{flag} must be at least {least}")
-    if most is not None and value > most:
-        raise UserError(f"{flag} must be at most {most:g}")
 
 
 # Randomness. Each random number of a training step and of sampling depends on a key, not on a
@@ -273,8 +224,7 @@ def log_mel(wave):
 
 
 # --------------------------------------------------------------------------------------------------
-# 3. Encoder: sound -> frames, which are normalised log-mel [paper]. Section 9 has the decoder, and
-# the option of learned latents instead of log-mel.
+# 3. Encoder: sound -> frames, which are normalised log-mel [paper]. Section 9 has the decoder.
 
 class Encoder(nn.Module):
     """encode: wave (B, N) -> frames (B, T, C), T = ceil(N/300).
@@ -429,8 +379,7 @@ def role(model, name):
 # positions that run through both streams, normalised queries and keys.
 
 def modulate(x, shift, scale):
-    """Layer normalisation, then shift and scale by the noise level: x (B, T, d), others (B, 1, d).
-    """
+    """Layer normalisation of x (B, T, d), then shift and scale (B, 1, d) by the noise level."""
     return F.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift
 
 
@@ -478,8 +427,7 @@ class Stream(nn.Module):
         return self.qkv(modulate(x, shift, scale)), modulation[2:]
 
     def close(self, x, attended, modulation, residual):
-        """Add the attention result (B, T, d) to the stream, then the MLP's, each times `residual`.
-        """
+        """Add attention (B, T, d) to the stream, then the MLP's result; each times `residual`."""
         gate, shift, scale, mlp_gate = modulation
         x = x + residual * gate * self.out(attended)
         hidden = F.gelu(self.up(modulate(x, shift, scale)))
@@ -530,7 +478,6 @@ class MMDiT(nn.Module):
         d, token = config.width, config.patch_size * config.channels
         heads = max(1, d // 64)
         self.config, self.patch_size = config, config.patch_size
-        self.use_checkpoint = config.checkpoint_activations
         self.register_buffer("silence", torch.zeros(config.channels))     # set by Trainer
         self.enter_ctx = linear(token, d, "input", bias=True)
         self.enter_gen = linear(token, d, "input", bias=True)
@@ -569,10 +516,7 @@ class MMDiT(nn.Module):
         cos, sin = cos.to(gen.dtype), sin.to(gen.dtype)
         residual = BASE_DEPTH / len(self.blocks)                              # CompleteP
         for block in self.blocks:
-            if self.use_checkpoint:
-                ctx, gen = checkpoint(block, ctx, gen, c, cos, sin, residual, use_reentrant=False)
-            else:
-                ctx, gen = block(ctx, gen, c, cos, sin, residual)
+            ctx, gen = block(ctx, gen, c, cos, sin, residual)
 
         # Frames.
         shift, scale = self.final(c).chunk(2, dim=-1)
@@ -729,8 +673,8 @@ class Muon(torch.optim.Optimizer):
     same at every width, because the spectral norm of the updates is fixed (Bernstein 2025)."""
     orthogonalize = staticmethod(orthogonalize)               # or its share of them (lab/muon.py)
 
-    def __init__(self, matrices, lr, weight_decay, momentum=0.95, dtype=torch.float32):
-        super().__init__(matrices, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+    def __init__(self, groups, lr, weight_decay, momentum=0.95, dtype=torch.float32):
+        super().__init__(groups, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
         self.dtype = dtype
 
     @torch.no_grad()
@@ -780,17 +724,14 @@ def make_optimizers(model, config, dtype=torch.float32):
             continue
         lr = config.lr * m ** ROLES[name].lr_power
         decay = config.weight_decay * m if ROLES[name].decays else 0.0
-        groups.append(dict(params=parameters, lr=lr, weight_decay=decay))
+        groups.append(dict(params=parameters, lr=lr, peak=lr, weight_decay=decay))
     fused = not next(model.parameters()).is_meta
     epsilon = 1e-8 / (m * relative_depth)                                     # CompleteP
     optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=epsilon, fused=fused)]
     if matrices:
         decay = config.weight_decay * config.lr / config.muon_lr
-        optimizers.append(Muon(matrices, config.muon_lr, decay, dtype=dtype))
-
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["peak"] = group["lr"]
+        groups = [dict(params=matrices, peak=config.muon_lr)]
+        optimizers.append(Muon(groups, config.muon_lr, decay, dtype=dtype))
     return optimizers
 
 
@@ -930,9 +871,14 @@ import numpy as np
 import soundfile
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 LAUNCHED = time.perf_counter()
+
+
+class UserError(Exception):
+    """A mistake that the user can correct: printed as one line, exit status 2."""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -941,8 +887,7 @@ LAUNCHED = time.perf_counter()
 # make one; a minute of training is too short for that. So our network shapes a source-filter model
 # (Dudley 1939): pulses at the pitch found in the frames, and noise. For every bin it predicts a
 # gain, the depth of the harmonics, and the ratio of pulses to noise. Griffin-Lim then makes the
-# phases of neighbouring frames agree. Frames may also be the latents of a small variational
-# autoencoder (--latent-dim).
+# phases of neighbouring frames agree.
 
 DECODER_FFT = WINDOW       # no zero padding: 601 bins
 PULSE_LOG_MAGNITUDE = 3.5          # typical of the pulse train: neutral for the harmonics
@@ -1048,39 +993,21 @@ def convnext(channels_in, channels_out, width=128, blocks=3):
 
 
 class AudioAutoencoder(Encoder):
-    """encode: wave (B, N) -> frames (B, T, C);  decode: frames -> wave (B, 300 T).
+    """encode: wave (B, N) -> frames (B, T, C);  decode: frames -> wave (B, 300 T). Frames are
+    log-mel, C = 80; learned latents are in lab/latents.py."""
 
-    With latent_dim = 0 frames are log-mel, C = 80. Otherwise they are the latent_dim latents of a
-    variational bottleneck."""
-
-    def __init__(self, latent_dim=0, decoder="neural"):
+    def __init__(self, decoder="neural"):
         super().__init__()
-        self.latent_dim, self.decoder = latent_dim, decoder
-        self.channels = latent_dim or MELS
-        self.register_buffer("latent_stats", torch.tensor([0.0, 1.0]))        # mean, std
-        if latent_dim:
-            self.latent_stats = self.latent_stats[:, None].repeat(1, latent_dim)
-            self.encoder = convnext(MELS, 2 * latent_dim, blocks=2)
-            self.unlatent = convnext(latent_dim, MELS, blocks=2)
+        self.decoder = decoder
+        self.register_buffer("latent_stats", torch.tensor([0.0, 1.0]))        # of lab/latents.py
         if decoder == "neural":
             self.shaper = convnext(MELS + 2, 3 * (DECODER_FFT // 2 + 1))
             for parameter in self.shaper[-1].parameters():
                 nn.init.zeros_(parameter)                     # an untrained network changes nothing
 
-    def from_mel(self, mel):
-        """(B, T, 80) log-mel -> (B, T, C) frames."""
-        mel = super().from_mel(mel)
-        if not self.latent_dim:
-            return mel
-        mean = self.encoder(mel.mT).mT[..., :self.latent_dim]
-        return (mean - self.latent_stats[0]) / self.latent_stats[1]
-
     def to_mel(self, frames):
         """(B, T, C) frames -> (B, T, 80) normalised log-mel."""
-        if not self.latent_dim:
-            return frames
-        latents = frames * self.latent_stats[1] + self.latent_stats[0]
-        return self.unlatent(latents.mT).mT
+        return frames
 
     def silence(self):
         """A frame of digital silence, (C,)."""
@@ -1359,7 +1286,7 @@ def places(data):
     """The folders and files that `--data` names, each once, as absolute paths; and "toy". Raises
     UserError if one is not there."""
     found = []
-    for name in [data] if isinstance(data, str) else data:
+    for name in map(str, data if isinstance(data, list) else [data]):
         if name == "toy" and lab("topics") is None:
             raise UserError("--data toy needs lab/toyspeech.py beside cdslm.py; or give a folder")
         path = os.path.expanduser(name)
@@ -1788,9 +1715,10 @@ def read_config(folder):
     """The Config of a run folder; fields that only other versions know are left out."""
     path = Path(folder) / "config.json"
     known = {f.name for f in dataclasses.fields(Config)}
+    saved = {name: value for name, value in read_json(path).items() if name in known}
     try:
-        return Config(**{name: value for name, value in read_json(path).items() if name in known})
-    except TypeError:
+        return checked(Config(**saved))
+    except (TypeError, KeyError):
         raise UserError(f"{path}: damaged, or not a run's configuration") from None
 
 
@@ -1811,7 +1739,7 @@ def load_run(folder, device="cpu", network=MMDiT):
         raise UserError(f"{folder}: no checkpoint yet")
 
     model = network(config)
-    autoencoder = AudioAutoencoder(config.latent_dim, config.decoder)
+    autoencoder = new_autoencoder(config)
     try:
         model.load_state_dict(checkpoint["ema"])
         autoencoder.load_state_dict(load(folder / "autoencoder.pt")["autoencoder"])
@@ -1943,14 +1871,21 @@ SAVE_SECONDS = 600                    # a checkpoint at least this often
 DIVERGED = 100                        # no training recovers from such a loss; it begins at about 1
 
 
+def new_autoencoder(config):
+    """An untrained autoencoder."""
+    if config.latent_dim:
+        return lab("latents").LatentAutoencoder(config.latent_dim, config.decoder)
+    return AudioAutoencoder(config.decoder)
+
+
 def fit_autoencoder(config, corpus, device, dtype=torch.float32):
-    """Set the frame statistics, then train the bottleneck, if there is one, and the decoder."""
+    """Set the frame statistics, then train the latents, if there are any, and the decoder."""
     torch.manual_seed(config.seed)
-    model = AudioAutoencoder(config.latent_dim, config.decoder)
+    model = new_autoencoder(config)
     model.mel_stats.copy_(torch.tensor(corpus.mel_stats()[:2]))
     model.to(device)
     if config.latent_dim:
-        lab("latents").fit(model, config, corpus, dtype)
+        model.fit(config, corpus, dtype)
     if config.decoder == "neural":
         train_part(model, model.decoder_loss, "decoder", config.decoder_steps, config, corpus,
                    dtype)
@@ -1986,7 +1921,7 @@ def open_autoencoder(config, corpus, device, dtype=torch.float32):
         examples = corpus.windows("audio", "valid", keys, corpus.window)
         examples = torch.from_numpy(examples * 32767).short()
         save(path, autoencoder=model.state_dict(), examples=examples)
-    model = AudioAutoencoder(config.latent_dim, config.decoder)
+    model = new_autoencoder(config)
     try:
         model.load_state_dict(load(path)["autoencoder"])
     except (RuntimeError, KeyError):
@@ -2035,10 +1970,12 @@ class Trainer:
             self.model, self.ema = model.to(device), copy.deepcopy(model).to(device)
         self.ema.eval().requires_grad_(False)
         self.network = self.model
-        if config.compile:
-            torch._dynamo.config.suppress_errors = True       # where it fails, go on without
-            for block in self.model.blocks:
-                block.compile()
+        for block in self.model.blocks:
+            if config.compile:
+                torch._dynamo.config.suppress_errors = True   # where it fails, go on without
+                block.forward = torch.compile(block.forward)
+            if config.checkpoint_activations:
+                block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
         if dist.is_initialized() and config.parallel == "ddp":
             # Weights that only self-conditioning uses have no gradient in the other steps.
             self.network = DistributedDataParallel(
@@ -2173,7 +2110,7 @@ class Trainer:
 
 def check_run(config):
     """Raise UserError before work begins: about flags, folders, disk and memory."""
-    device, dtype = decide(config)
+    device, dtype = decide(checked(config))
     unfit = ranks()[1] == 1 or config.optimizer == "muon" or dtype == torch.float16
     if config.parallel == "fsdp" and unfit:
         raise UserError("--parallel fsdp needs torchrun, --optimizer adamw, --dtype bf16 or fp32")
@@ -2362,7 +2299,37 @@ def to_config(arguments):
     fields = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(Config)}
     if isinstance(fields["data"], list) and len(fields["data"]) == 1:
         fields["data"] = fields["data"][0]
-    return Config(**fields)
+    if fields["size"] not in SIZES:
+        raise UserError(f"--size is {fields['size']!r}; choose one of {', '.join(SIZES)}")
+    return checked(Config(**fields))
+
+
+def checked(config):
+    """The same Config. Raises UserError for a value that its field does not allow, and for values
+    that do not fit each other."""
+    for f in dataclasses.fields(config):
+        flag, value = "--" + f.name.replace("_", "-"), getattr(config, f.name)
+        limits = f.metadata["limits"]
+        if limits["choices"] and value not in limits["choices"]:
+            raise UserError(f"{flag} is {value!r}; choose one of {', '.join(limits['choices'])}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{flag} must be a finite number")
+        if limits["above"] is not None and value <= limits["above"]:
+            raise UserError(f"{flag} must be more than {limits['above']}")
+        if limits["least"] is not None and value < limits["least"]:
+            raise UserError(f"{flag} must be at least {limits['least']}")
+        if limits["most"] is not None and value > limits["most"]:
+            raise UserError(f"{flag} must be at most {limits['most']:g}")
+
+    if not (config.ctx_frames and config.gen_frames):
+        raise UserError("--ctx-seconds and --gen-seconds must hold at least one token of "
+                        f"{config.patch_size} frames")
+    if config.width % (64 if config.width > 64 else 4):
+        raise UserError(f"--width must be a multiple of 64 (below 64, of 4), not {config.width}")
+    if config.micro_batch and config.batch_size % config.micro_batch:
+        raise UserError(f"--micro-batch {config.micro_batch} must divide --batch-size "
+                        f"{config.batch_size}")
+    return config
 
 
 def parse(argv=None):

@@ -409,7 +409,7 @@ def bench_data(quick, _):
     few = dict(toy_hours=0.05, batch_size=2) if quick else {}
     config = Config(decoder="griffinlim", **few)
     corpus = open_corpus(config)
-    trainer = Trainer(config, corpus, AudioAutoencoder(0, "griffinlim"), *decide(config))
+    trainer = Trainer(config, corpus, AudioAutoencoder("griffinlim"), *decide(config))
     spent, read = [], trainer.read
 
     def timed(*part):

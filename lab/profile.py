@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from cdslm import (AudioAutoencoder, Trainer, UserError, check_run, cli, config_parser, open_corpus,
+from cdslm import (Trainer, UserError, check_run, cli, config_parser, new_autoencoder, open_corpus,
                    replacing, to_config, together)
 from lab.bench import table
 
@@ -32,7 +32,7 @@ def make_trainer(config, rank, device, dtype):
     corpus = open_corpus(config)
     if rank == 0 and dist.is_initialized():
         dist.barrier()
-    autoencoder = AudioAutoencoder(config.latent_dim, config.decoder).to(device)
+    autoencoder = new_autoencoder(config).to(device)
     autoencoder.eval().requires_grad_(False)
     return Trainer(config, corpus, autoencoder, device, dtype)
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from cdslm import AudioAutoencoder, Config, decide, fit_autoencoder, open_autoencoder, save
+from cdslm import AudioAutoencoder, Config, decide, fit_autoencoder, new_autoencoder, open_autoencoder, save
 from lab.listener import load_listener
 from cdslm import DECODER_FFT, HOP, MELS, RATE, UserError, griffin_lim, istft, keyed, log_mel, open_corpus, stft, unmel
 
@@ -34,7 +34,7 @@ def babble(seconds=2.0, batch=2):
 @pytest.mark.parametrize("options", [{}, {"decoder": "griffinlim"}, {"latent_dim": 16}])
 @pytest.mark.parametrize("samples", [1, 299, 300, 301, 24_000])
 def test_shapes(options, samples):
-    model = AudioAutoencoder(**options).eval()
+    model = new_autoencoder(Config(**options)).eval()
     frames = model.encode(torch.zeros(2, samples))
     assert frames.shape == (2, -(-samples // HOP), options.get("latent_dim") or MELS)
     assert model.decode(frames).shape == (2, frames.shape[1] * HOP)

@@ -118,7 +118,7 @@ def resident(name):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))
 config = cdslm.parse(sys.argv[1:])
 corpus, (device, dtype) = open_corpus(config), cdslm.decide(config)
-autoencoder = cdslm.AudioAutoencoder(0, "griffinlim")
+autoencoder = cdslm.AudioAutoencoder("griffinlim")
 small = cdslm.parse([*sys.argv[1:], "--width", "64", "--batch-size", "2"])
 cdslm.Trainer(small, corpus, autoencoder, device, dtype).step()        # what torch itself takes
 before = resident("VmRSS")
