@@ -37,6 +37,7 @@ from tqdm import tqdm
 from cdslm import (
     CFG, FRAME_RATE, GENERATING, HOP, Parser, UserError, cli, load_run, log_mel, read_config,
     sample)
+from lab.anchor import anchored
 from lab.listener import batched, load_listener, spans
 from lab.markov import NO_WORD, parse
 from lab.report import keep
@@ -464,6 +465,8 @@ def main(load_run=load_run, sample=sample):
     add("--seconds", type=float, default=60.0, help="of each continuation [60]")
     add("--num", type=int, default=32, help="continuations [32]")
     add("--cfg", type=float, default=CFG, help=f"guidance [{CFG:g}]")
+    add("--anchor", type=float, default=0.0,
+        help="seconds of the prompt that all windows hear (lab/anchor.py) [0]")
     add("--seed", type=int, default=0, help="of the noise [0]")
     add("--device", default="auto", help="cuda, mps, cpu [auto]")
     add("--json", type=Path, help="where to keep the report [RUN/coherence.json]")
@@ -472,7 +475,7 @@ def main(load_run=load_run, sample=sample):
         raise UserError(f"--seconds must be at least {BIN}, and --cfg a number")
     if arguments.num < 1 or arguments.seed < 0:
         raise UserError("--num must be at least 1, --seed at least 0")
-    report = judge(arguments, load_run, sample)
+    report = judge(arguments, load_run, anchored(arguments.anchor, sample))
     show(report)
     keep(report, arguments.json or arguments.run / "coherence.json")
 
