@@ -1970,11 +1970,12 @@ class Trainer:
             self.model, self.ema = model.to(device), copy.deepcopy(model).to(device)
         self.ema.eval().requires_grad_(False)
         self.network = self.model
-        for block in self.model.blocks:
-            if config.compile:
-                torch._dynamo.config.suppress_errors = True   # where it fails, go on without
+        if config.compile:
+            torch._dynamo.config.suppress_errors = True       # where it fails, go on without
+            for block in self.model.blocks:
                 block.forward = torch.compile(block.forward)
-            if config.checkpoint_activations:
+        if config.checkpoint_activations:
+            for block in self.model.blocks:
                 block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
         if dist.is_initialized() and config.parallel == "ddp":
             # Weights that only self-conditioning uses have no gradient in the other steps.
