@@ -383,11 +383,11 @@ def modulate(x, shift, scale):
     return F.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift
 
 
-def rotary(tokens, head, device):
-    """Cosines and sines (T, head/2) of the rotation angles of positions 0 to T - 1."""
-    frequencies = 10_000 ** -torch.linspace(0, 1, head // 2, device=device)
-    angles = torch.arange(tokens, device=device)[:, None] * frequencies
-    return angles.cos(), angles.sin()
+def rotary(tokens, head, x):
+    """Cosines and sines (T, head/2) of the rotation angles of positions 0 to T - 1, for x."""
+    frequencies = 10_000 ** -torch.linspace(0, 1, head // 2, device=x.device)
+    angles = torch.arange(tokens, device=x.device)[:, None] * frequencies
+    return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
 
 
 def rotate(x, cos, sin):
@@ -512,8 +512,7 @@ class MMDiT(nn.Module):
 
         # Blocks.
         head = gen.shape[-1] // self.blocks[0].heads
-        cos, sin = rotary(ctx.shape[1] + gen.shape[1], head, gen.device)
-        cos, sin = cos.to(gen.dtype), sin.to(gen.dtype)
+        cos, sin = rotary(ctx.shape[1] + gen.shape[1], head, gen)
         residual = BASE_DEPTH / len(self.blocks)                              # CompleteP
         for block in self.blocks:
             ctx, gen = block(ctx, gen, c, cos, sin, residual)
@@ -522,6 +521,11 @@ class MMDiT(nn.Module):
         shift, scale = self.final(c).chunk(2, dim=-1)
         tokens = self.leave(modulate(gen, shift, scale))                      # (B, Tg/k, k C)
         return tokens.unflatten(2, (self.patch_size, -1)).flatten(1, 2)       # (B, Tg, C)
+
+    def continuation(self, ctx, noise, steps, cfg, sampler):
+        """A window like `noise` (B, Tg, C) that continues ctx (B, Tc, C); for `sample`, below."""
+        predict = functools.partial(guided, self, ctx, cfg)
+        return SOLVERS[sampler](predict, noise, levels(self.config, steps))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -536,8 +540,7 @@ GUIDED = math.pi / 4, math.atan(math.exp(2))
 
 def levels(config, steps):
     """The steps + 1 noise angles of a sampler, falling to 0."""
-    largest = float(Diffusion(config).angle(torch.ones(())))
-    largest = min(largest, math.pi / 2)                                 # float32 rounds pi/2 up
+    largest = min(Diffusion(config).angle(torch.ones(())).item(), math.pi / 2)    # rounded up
     fractions = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
     power = 2.5 if config.sampling == "words" else 1
     return (largest * (1 - fractions ** power)).tolist()
@@ -552,16 +555,13 @@ def is_guided(config, phi):
 def sample(model, context, frames=None, steps=STEPS, cfg=CFG, sampler="dpm", seed=0, progress=iter):
     """Continue `context` (B, Tc, C) by `frames` frames (default: one window) -> (B, frames, C).
 
-    `cfg` is the guidance scale (1: none). A longer continuation is made window by window; the
-    newest frames are the next context. The noise of item i depends on (seed, i) alone. `progress`
-    wraps the range of windows, for a progress bar."""
+    `cfg` is the guidance scale (1: none). Longer continuations are made window by window; the next
+    context is the newest frames. The noise of item i depends on (seed, i) alone."""
     config, ctx = model.config, context.float()
     missing = max(0, config.ctx_frames - ctx.shape[1])
     silence = model.silence.float().expand(len(ctx), missing, -1)
     ctx = torch.cat([silence, ctx], dim=1)                    # silence before a short context
     frames = frames or config.gen_frames
-    solver = SOLVERS[sampler]
-    angles = levels(config, steps)
     shape = config.gen_frames, config.channels
 
     windows = []
@@ -569,7 +569,7 @@ def sample(model, context, frames=None, steps=STEPS, cfg=CFG, sampler="dpm", see
         ctx = ctx[:, -config.ctx_frames:]
         noise = torch.stack([keyed_noise(seed, f"sample {window}", item, shape, ctx.device)
                              for item in range(len(ctx))])
-        windows.append(solver(functools.partial(guided, model, ctx, cfg), noise, angles))
+        windows.append(model.continuation(ctx, noise, steps, cfg, sampler))
         ctx = torch.cat([ctx, windows[-1]], dim=1)
     return torch.cat(windows, dim=1)[:, :frames]
 
@@ -1729,16 +1729,20 @@ def write_config(folder, config, speech=""):
         temporary.write_text(json.dumps(contents, indent=2) + "\n")
 
 
-def load_run(folder, device="cpu", network=MMDiT):
+def load_run(folder, device="cpu", network=None):
     """A run folder -> config, model (EMA weights, in bf16 where the hardware has it), autoencoder.
     Raises UserError if there is no run, or its files do not belong together."""
     folder, config = Path(folder), read_config(folder)
+    if network is None and (folder / "arm.json").exists():    # of lab/autoregressive.py
+        if lab("autoregressive") is None:
+            raise UserError(f"{folder}: needs lab/autoregressive.py beside cdslm.py")
+        return lab("autoregressive").load(folder, device)
     device, dtype = decide(dataclasses.replace(config, device=str(device)))
     checkpoint = next(checkpoints(folder), None)
     if checkpoint is None:
         raise UserError(f"{folder}: no checkpoint yet")
 
-    model = network(config)
+    model = (network or MMDiT)(config)
     autoencoder = new_autoencoder(config)
     try:
         model.load_state_dict(checkpoint["ema"])
@@ -2129,7 +2133,7 @@ def check_run(config):
     return device, dtype
 
 
-def train(config, trainer_of=Trainer, count=count, load_run=load_run, sample=sample):
+def train(config, trainer_of=Trainer, count=count):
     """From a Config to a run folder with checkpoints and sound. The same Config resumes the run.
     Whoever trains another network (`lab/autoregressive.py`) brings what differs."""
     device, dtype = check_run(config)
@@ -2156,7 +2160,7 @@ def train(config, trainer_of=Trainer, count=count, load_run=load_run, sample=sam
         if rank == 0:
             del trainer                                       # its memory may be needed now
             gc.collect()
-            listen(config.out, device, load_run, sample)
+            listen(config.out, device)
 
 
 def announce(config, device, dtype, count=count):
@@ -2217,7 +2221,7 @@ def train_loop(trainer, folder):
                 trainer.save(folder / "checkpoint.pt")
 
 
-def listen(folder, device="cpu", load_run=load_run, sample=sample, number=4):
+def listen(folder, device="cpu", number=4):
     """Write WAV files to judge by: for a few held-out windows, the context with the model's
     continuation, the recording, and the recording encoded and decoded."""
     folder = Path(folder)

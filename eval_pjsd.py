@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from cdslm import (CFG, FRAME_RATE, RATE, STEPS, Parser, UserError, cli, load_run, log_mel,
-                   open_corpus, sample)
+                   open_corpus)
 from lab import markov
 from lab.best import best_of
 from lab.decided import draw_decided, what_is_decided
@@ -230,10 +230,10 @@ def by_language(clips, spoken):
     return rows
 
 
-def judge_run(arguments, load_run=load_run, sample=sample, generate=generate):
+def judge_run(arguments, generate=generate):
     """The report on a run: it continues held-out contexts, and what it generates is compared with
     other speech beside the true continuations."""
-    sample = best_of(arguments.best_of, sample)
+    sample = best_of(arguments.best_of)
     config, model, autoencoder = load_run(arguments.run, arguments.device)
     is_toy, m = config.data == "toy", config.gen_frames
     if is_toy and config.toy_grammar == "topics":

@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from cdslm import (CFG, FRAME_RATE, GENERATING, HOP, RATE, SOLVERS, STEPS, Parser, UserError, cli,
-                   guided, keyed_noise, lab, levels, load, load_audio, load_run, open_page,
+from cdslm import (CFG, FRAME_RATE, GENERATING, HOP, RATE, SOLVERS, STEPS, MMDiT, Parser, UserError,
+                   cli, guided, keyed_noise, lab, levels, load, load_audio, load_run, open_page,
                    sample, save_audio)
 
 SILENT = 1e-3           # a prompt whose samples all stay below this, -60 dBFS, holds no speech
@@ -57,10 +57,9 @@ def parse(argv=None):
         arguments.num = 1 if arguments.prompt or arguments.watch else 4
     if arguments.seconds is not None and not 0 < arguments.seconds < math.inf:
         raise UserError("--seconds must be more than 0")
-    if arguments.num < 1 or arguments.steps < 1 or arguments.seed < 0:
-        raise UserError("--num and --steps must be at least 1, --seed at least 0")
-    if not math.isfinite(arguments.cfg):
-        raise UserError("--cfg must be a number")
+    numbers = arguments.num > 0 and arguments.steps > 0 and arguments.seed >= 0
+    if not (numbers and math.isfinite(arguments.cfg)):
+        raise UserError("--num and --steps must be at least 1, --seed at least 0, --cfg a number")
     if arguments.prompt not in (None, "none") and not Path(arguments.prompt).is_file():
         raise UserError(f"{arguments.prompt}: no such file")
     return arguments
@@ -160,12 +159,12 @@ def watch(arguments, model, context):
     return shown
 
 
-def main(load_run=load_run, sample=sample):
-    arguments = parse()
+def main():
+    arguments, speaker = parse(), sample
     if arguments.best_of != 1:
         if not lab("best"):
             raise UserError("--best-of needs lab/best.py beside cdslm.py")
-        sample = lab("best").best_of(arguments.best_of, sample)
+        speaker = lab("best").best_of(arguments.best_of)
     files, written = output_files(arguments), {}
     place = files[0][0].parent
     runs = [load_run(run, arguments.device) for run in arguments.runs]
@@ -175,6 +174,8 @@ def main(load_run=load_run, sample=sample):
     seconds = arguments.seconds or config.gen_frames / FRAME_RATE
 
     if arguments.watch:
+        if not isinstance(model, MMDiT):
+            raise UserError("--watch is for runs of cdslm.py")
         context = autoencoder.encode(waves.to(autoencoder.mel_stats.device))
         shown = watch(arguments, model, context)
         for old in place.glob("watch-*.wav"):
@@ -185,7 +186,7 @@ def main(load_run=load_run, sample=sample):
     else:
         place.mkdir(exist_ok=True)
         for name, run, own in zip(arguments.runs, runs, files):
-            sounds = speak(arguments, run, waves, before, seconds, sample)
+            sounds = speak(arguments, run, waves, before, seconds, speaker)
             for i, (file, wave) in enumerate(zip(own, sounds), 1):
                 save_audio(file, torch.cat([before, wave]))
                 written[file] = f"{i}: {name}" if len(runs) > 1 else file.name

@@ -12,7 +12,7 @@ import torch
 from cdslm import FRAME_RATE, UserError, keyed, sample
 
 
-def anchored(seconds, sample=sample):
+def anchored(seconds):
     """A function like `sample` whose contexts begin with the last `seconds` of the prompt. The
     first window is that of `sample`. Raises UserError if no context is left."""
     def sample_anchored(model, context, frames=None, seed=0, progress=iter, **options):

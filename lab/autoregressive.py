@@ -12,8 +12,8 @@ take the two apart. A position is `patch_size` frames.
 
     python -m lab.autoregressive --arm B --size tiny --out out/ar     train; all flags of cdslm.py
     python -m lab.autoregressive --arm C --flops 2e13 --out out/c     for a budget of FLOPs
-    python -m lab.autoregressive eval_pjsd out/ar --temperature 0.9   judge; so with each program of
-    python -m lab.autoregressive lab.pairs out/ar                     `PROGRAMS`
+    python eval_pjsd.py out/ar                 judge it, as every run; so sample.py and all judges
+    python -m lab.autoregressive eval_pjsd out/ar --temperature 0.9   what only B has
     python -m lab.autoregressive eval_pjsd out/ar --ceiling           true speech through its tokens
 
 All arms continue the same contexts, in the same windows. The networks of B and C are in
@@ -29,11 +29,9 @@ from pathlib import Path
 import torch
 
 import cdslm
-from cdslm import (ANGLES, CFG, CHECKPOINTS, STEPS, VALIDATION_WINDOWS, Diffusion, MMDiT, Parser,
+from cdslm import (ANGLES, CHECKPOINTS, VALIDATION_WINDOWS, Diffusion, Parser,
                    Trainer, UserError, autocast, cli, config_parser, count, keyed, keyed_noise,
-                   load_run, ranks, read_json, replacing, sample, to_config)
-from lab import pairs
-from lab.best import best_of
+                   load_run, ranks, read_json, replacing, to_config)
 from lab.causal import TOKENS, CodeModel, new_model
 from lab.tokens import flops_of, new_tokeniser, open_tokeniser, tokeniser_flops
 
@@ -147,9 +145,7 @@ def train(config, arm):
     if ranks()[1] > 1 or config.compile or config.checkpoint_activations:
         raise UserError(f"arm {arm} runs on one device, without torchrun, --compile and "
                         "--checkpoint-activations")
-    cdslm.train(config, functools.partial(ArmTrainer, arm), functools.partial(count_arm, arm),
-                load, generate)
-    print(f"judge it: python -m lab.autoregressive eval_pjsd {folder}")
+    cdslm.train(config, functools.partial(ArmTrainer, arm), functools.partial(count_arm, arm))
 
 
 def steps_for(flops, arm, config):
@@ -165,58 +161,12 @@ def steps_for(flops, arm, config):
 # 2. Generating and judging, by the programs that do it for cdslm.
 
 def load(folder, device="cpu"):
-    """As `cdslm.load_run`, for a run of any arm."""
+    """As `cdslm.load_run`, which calls this for a run of another arm than A."""
     arm = read_arm(folder)
     config, model, autoencoder = load_run(folder, device, functools.partial(new_model, arm))
     if arm in TOKENS:
         model.adopt(*open_tokeniser(folder, config, TOKENS[arm], autoencoder))
     return config, model, autoencoder
-
-
-@torch.no_grad()
-def generate(model, context, frames=None, steps=STEPS, cfg=CFG, sampler="dpm", seed=0,
-             progress=iter, temperature=1.0):
-    """As `cdslm.sample`, with a model of any arm. B has a temperature; C has steps and guidance, as
-    A has."""
-    if isinstance(model, MMDiT):
-        return sample(model, context, frames, steps, cfg, sampler, seed, progress)
-    config, ctx = model.config, context.float()
-    missing = max(0, config.ctx_frames - ctx.shape[1])
-    silence = model.silence.float().expand(len(ctx), missing, -1)
-    ctx = torch.cat([silence, ctx], dim=1)                    # silence before a short context
-    frames = frames or config.gen_frames
-    shape = config.gen_frames, config.channels
-
-    windows = []
-    for window in progress(range(-(-frames // config.gen_frames))):
-        ctx = ctx[:, -config.ctx_frames:]
-        noise = torch.stack([keyed_noise(seed, f"sample {window}", item, shape, ctx.device)
-                             for item in range(len(ctx))])
-        # Of the last window, only as many positions as are asked for.
-        missing = frames - window * config.gen_frames
-        needed = -(-missing // config.patch_size) * config.patch_size
-        windows.append(model.continuation(
-            ctx, noise[:, :needed], steps=steps, cfg=cfg, temperature=temperature))
-        ctx = torch.cat([ctx, windows[-1]], dim=1)
-    return torch.cat(windows, dim=1)[:, :frames]
-
-
-def utterance_errors(model, ctx, x0, parts, noise):
-    """As in lab/pairs.py, for any arm: errors (levels,) of x0 (T, C) after ctx (Tc, C), for B nats
-    a code. Frames that do not fill a position do not count."""
-    if isinstance(model, MMDiT):
-        return pairs.utterance_errors(model, ctx, x0, parts, noise)
-    k, total = model.patch_size, 0
-    size = math.ceil(len(x0) / parts / k) * k
-    whole = len(x0) // k * k
-    for at, eps in zip(range(0, whole, size), noise):
-        target = x0[at:min(at + size, whole)]
-        history = torch.cat([ctx, x0[:at]])[-len(ctx):]
-        targets = target.expand(len(eps), -1, -1)             # (draws, T, C)
-        histories = history.expand(len(eps), -1, -1)
-        errors = model.errors(targets, histories, eps[:, :len(target)], pairs.ANGLES)
-        total = total + errors.mean(0).cpu() * len(target)    # (levels,)
-    return total / len(x0)
 
 
 def through_tokens(sides, model, autoencoder, *unused):
@@ -232,29 +182,21 @@ def through_tokens(sides, model, autoencoder, *unused):
 
 
 def run_program(name, words):
-    """Run `main` of one of PROGRAMS, which load a run, for any arm."""
+    """Run `main` of one of PROGRAMS with what only B has: a temperature, and tokens."""
     parser = Parser(add_help=False)
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--ceiling", action="store_true")
-    parser.add_argument("--best-of", type=int, default=1)
     arguments, sys.argv[1:] = parser.parse_known_args(words)
     if not 0 < arguments.temperature < math.inf:
         raise UserError("--temperature must be more than 0")
     if arguments.ceiling and name != "eval_pjsd":
         raise UserError("--ceiling is for eval_pjsd")
-    if "--watch" in words:
-        raise UserError("--watch is for runs of cdslm.py, by sample.py itself")
     if name not in PROGRAMS:
-        raise UserError(f"{name} is no program that takes a run of any arm; there are "
-                        f"{', '.join(PROGRAMS)}")
+        raise UserError(f"{name} is none of {', '.join(PROGRAMS)}")
 
-    if name == "lab.pairs":
-        return pairs.main(load, utterance_errors)
-    speak = functools.partial(generate, temperature=arguments.temperature)
-    parts = {"sample": best_of(arguments.best_of, speak, utterance_errors)}
-    if arguments.ceiling:
-        parts["generate"] = through_tokens
-    importlib.import_module(name).main(load_run=load, **parts)
+    CodeModel.temperature = arguments.temperature
+    parts = {"generate": through_tokens} if arguments.ceiling else {}
+    importlib.import_module(name).main(**parts)
 
 
 def parse(argv=None):

@@ -91,8 +91,8 @@ def our_blocks(config):
     """The blocks of cdslm.py."""
     model = MMDiT(config)
     tokens = (config.ctx_frames + config.gen_frames) // config.patch_size
-    cos, sin = rotary(tokens, config.width // model.blocks[0].heads, CPU)
-    cos, sin = cos.bfloat16(), sin.bfloat16()
+    like = torch.zeros((), dtype=torch.bfloat16)
+    cos, sin = rotary(tokens, config.width // model.blocks[0].heads, like)
 
     def run(ctx, gen, c):
         for block in model.blocks:

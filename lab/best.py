@@ -9,10 +9,10 @@ context get the same noise, and the logarithms of their errors count alike at al
 import torch
 
 from cdslm import UserError, keyed, sample
-from lab.pairs import DRAWS, pair_errors, score, utterance_errors
+from lab.pairs import DRAWS, pair_errors, score
 
 
-def best_of(count, sample=sample, errors_of=utterance_errors):
+def best_of(count):
     """A function like `sample` that returns the best of `count` continuations of each context. The
     first one is that of `sample`. Raises UserError for less than one."""
     if count < 1:
@@ -26,7 +26,7 @@ def best_of(count, sample=sample, errors_of=utterance_errors):
         best = []
         for item, start in enumerate(context):
             sides = [torch.cat([start, x0[item]]) for x0 in continuations]
-            errors, _ = pair_errors(model, sides, len(start), DRAWS, item, errors_of)
+            errors, _ = pair_errors(model, sides, len(start), DRAWS, item)
             chosen = int(score(errors).argmin())
             best.append(continuations[chosen][item])
         return torch.stack(best)

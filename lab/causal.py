@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cdslm import (ANGLES, BASE_DEPTH, MMDiT, UserError, dpm_solver, guided, levels, linear,
+from cdslm import (ANGLES, BASE_DEPTH, SOLVERS, MMDiT, UserError, guided, levels, linear,
                    modulate, rotary, rotate)
 from lab.tokens import CODES, GROUPS, codes_per_position
 
@@ -84,8 +84,8 @@ class Trunk(nn.Module):
     def forward(self, x, past=None):
         start = past[0][0].shape[2] if past else 0
         head = x.shape[-1] // self.blocks[0].heads
-        cos, sin = rotary(start + x.shape[1], head, x.device)
-        cos, sin = cos[start:].to(x.dtype), sin[start:].to(x.dtype)
+        cos, sin = rotary(start + x.shape[1], head, x)
+        cos, sin = cos[start:], sin[start:]
         residual = 1 / (len(self.blocks) / BASE_DEPTH)                        # CompleteP
         past = past or [None] * len(self.blocks)
         present = []
@@ -158,7 +158,7 @@ class CodeHead(nn.Module):
 
 class CodeModel(nn.Module):
     """model(codes (B, P, K)) -> h (B, P, d), what is known after each position."""
-    ruler = 1
+    ruler, temperature = 1, 1.0
 
     def __init__(self, config, kind):
         super().__init__()
@@ -202,7 +202,7 @@ class CodeModel(nn.Module):
         losses = self.loss(None, x0, ctx)                                     # (B,)
         return losses[:, None].expand(-1, len(angles))
 
-    def continuation(self, ctx, noise, temperature, **unused):
+    def continuation(self, ctx, noise, *unused):
         """ctx (B, Tc, C), standard normal noise (B, T, C) -> frames (B, T, C)."""
         codes = self.tokeniser.encode(ctx)                                    # (B, P, K)
         noise = noise.unflatten(1, (-1, self.patch_size)).flatten(2)          # (B, T/k, k C)
@@ -210,7 +210,7 @@ class CodeModel(nn.Module):
         u = torch.special.ndtr(noise)                                         # uniform
         h, past = self(codes)
         for part in u.unbind(1):
-            drawn = self.head.draw(h[:, -1], part, temperature)
+            drawn = self.head.draw(h[:, -1], part, self.temperature)
             drawn = drawn[:, None]                                            # (B, 1, K)
             codes = torch.cat([codes, drawn], dim=1)
             h, past = self(drawn, past)
@@ -310,7 +310,7 @@ class FrameModel(nn.Module):
             errors.append(error.mean(1))
         return torch.stack(errors, dim=1)
 
-    def continuation(self, ctx, noise, steps, cfg, **unused):
+    def continuation(self, ctx, noise, steps, cfg, sampler):
         """ctx (B, Tc, C), standard normal noise (B, T, C) -> frames (B, T, C). It is guided away
         from what a silent context and the same continuation lead to."""
         count, contexts = len(ctx), ctx
@@ -322,11 +322,27 @@ class FrameModel(nn.Module):
             known = h[:count, -1]                                             # (B, d)
             self.head.silence = h[count:, -1]
             predict = functools.partial(guided, self.head, known, cfg)
-            x0 = dpm_solver(predict, eps, levels(self.config, steps))         # (B, k, C)
+            x0 = SOLVERS[sampler](predict, eps, levels(self.config, steps))   # (B, k, C)
             frames.append(x0)
             x0 = x0.repeat(len(contexts) // count, 1, 1)      # guided: also after silence
             h, past = self(x0, past)
         return torch.cat(frames, dim=1)
+
+
+def utterance_errors(model, ctx, x0, parts, noise, angles):
+    """As in lab/pairs.py, for B and C: errors (angles,) of x0 (T, C) after ctx (Tc, C), for B nats
+    a code. Frames that do not fill a position do not count."""
+    k, total = model.patch_size, 0
+    size = math.ceil(len(x0) / parts / k) * k
+    whole = len(x0) // k * k
+    for at, eps in zip(range(0, whole, size), noise):
+        target = x0[at:min(at + size, whole)]
+        history = torch.cat([ctx, x0[:at]])[-len(ctx):]
+        targets = target.expand(len(eps), -1, -1)             # (draws, T, C)
+        histories = history.expand(len(eps), -1, -1)
+        errors = model.errors(targets, histories, eps[:, :len(target)], angles)
+        total = total + errors.mean(0).cpu() * len(target)    # (angles,)
+    return total / len(x0)
 
 
 def new_model(arm, config):

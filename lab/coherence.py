@@ -35,8 +35,7 @@ import torch
 from tqdm import tqdm
 
 from cdslm import (
-    CFG, FRAME_RATE, GENERATING, HOP, Parser, UserError, cli, load_run, log_mel, read_config,
-    sample)
+    CFG, FRAME_RATE, GENERATING, HOP, Parser, UserError, cli, load_run, log_mel, read_config)
 from lab.anchor import anchored
 from lab.listener import batched, load_listener, spans
 from lab.markov import NO_WORD, parse
@@ -391,7 +390,7 @@ def recognise(listener, waves, clips):
     return recognised
 
 
-def judge(arguments, load_run, sample):
+def judge(arguments):
     """The report on a run, a dict that JSON can hold."""
     config = read_config(arguments.run)
     if config.data != "toy" or config.toy_grammar != "topics":
@@ -413,7 +412,8 @@ def judge(arguments, load_run, sample):
 
     # Continue the prompts; decode with the last second of the prompt, so that no edge is heard.
     context = batched(lambda part: autoencoder.encode(part.to(device)), waves[:, :prompt * HOP])
-    generated = sample(model, context, frames, cfg=arguments.cfg, seed=arguments.seed,
+    speak = anchored(arguments.anchor)
+    generated = speak(model, context, frames, cfg=arguments.cfg, seed=arguments.seed,
                        progress=GENERATING)
     joined = torch.cat([context[:, -FRAME_RATE:], generated], dim=1)
     decoded = batched(lambda part: autoencoder.decode(part).cpu(), joined, "decoding", size=1)
@@ -458,7 +458,7 @@ def show(report):
             print(f"{measure + ', ' + side:22}" + "".join(cells))
 
 
-def main(load_run=load_run, sample=sample):
+def main():
     parser = Parser(__doc__)
     add = parser.add_argument
     add("run", type=Path, help="a run folder, such as out/topics")
@@ -475,7 +475,7 @@ def main(load_run=load_run, sample=sample):
         raise UserError(f"--seconds must be at least {BIN}, and --cfg a number")
     if arguments.num < 1 or arguments.seed < 0:
         raise UserError("--num must be at least 1, --seed at least 0")
-    report = judge(arguments, load_run, anchored(arguments.anchor, sample))
+    report = judge(arguments)
     show(report)
     keep(report, arguments.json or arguments.run / "coherence.json")
 

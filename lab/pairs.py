@@ -41,7 +41,7 @@ import torch
 from tqdm import tqdm
 
 from cdslm import Diffusion, Parser, UserError, cli, keyed_noise, load_run, replacing
-from lab import pair_speech, pair_stories
+from lab import causal, pair_speech, pair_stories
 from lab.pair_files import find_pairs, read_pair
 from lab.report import keep
 from lab.toyspeech import ToySpeech
@@ -63,6 +63,8 @@ ALIKE = 0.02                           # mean difference of frames that count as
 def utterance_errors(model, ctx, x0, parts, noise):
     """Mean squared errors (levels,) of the x0 that a model predicts from noisy versions of x0
     (T, C) after ctx (Tc, C). x0 is cut into `parts` windows; noise is (parts, draws, Tg, C)."""
+    if hasattr(model, "errors"):                              # one position after the other
+        return causal.utterance_errors(model, ctx, x0, parts, noise, ANGLES)
     config, diffusion = model.config, Diffusion(model.config)
     k = config.patch_size
     size = math.ceil(len(x0) / parts / k) * k
@@ -93,7 +95,7 @@ def shared_frames(a, b):
 
 
 @torch.no_grad()
-def pair_errors(model, sides, shared, draws, item, errors_of=utterance_errors):
+def pair_errors(model, sides, shared, draws, item):
     """Errors (2, levels) of both utterances (T, C) of pair number `item` from frame `shared` on,
     and the errors (2,) of predicting the mean frame. The noise depends on pair and draw alone. More
     than two are compared in the same way."""
@@ -112,12 +114,12 @@ def pair_errors(model, sides, shared, draws, item, errors_of=utterance_errors):
             noise.append(keyed_noise(draw, f"pairs {part}", item, shape, device))
     noise = torch.stack(noise).unflatten(0, (parts, draws))   # (parts, draws, Tg, C)
 
-    errors = [errors_of(model, ctx, end, parts, noise) for end in ends]
+    errors = [utterance_errors(model, ctx, end, parts, noise) for end in ends]
     null = [end.square().mean().cpu() for end in ends]
     return torch.stack(errors), torch.stack(null)
 
 
-def ask(model, autoencoder, pairs, draws, errors_of=utterance_errors):
+def ask(model, autoencoder, pairs, draws):
     """`pair_errors` of Pairs: (P, 2, levels) and (P, 2)."""
     device, least = autoencoder.mel_stats.device, model.config.patch_size
     errors, nulls = [], []
@@ -130,7 +132,7 @@ def ask(model, autoencoder, pairs, draws, errors_of=utterance_errors):
         if shared is None:
             most = min(map(len, sides)) - least               # something must be left of both
             shared = max(0, min(shared_frames(*sides), most))
-        error, null = pair_errors(model, sides, shared, draws, item, errors_of)
+        error, null = pair_errors(model, sides, shared, draws, item)
         errors.append(error)
         nulls.append(null)
     return torch.stack(errors), torch.stack(nulls)
@@ -269,7 +271,7 @@ def parse(argv=None):
     return arguments
 
 
-def main(load_run=load_run, errors_of=utterance_errors):
+def main():
     arguments = parse()
     config, model, autoencoder = load_run(arguments.run, arguments.device)
     kinds, mirrored = makers(arguments, config)
@@ -284,7 +286,7 @@ def main(load_run=load_run, errors_of=utterance_errors):
     report, started = {}, time.perf_counter()
     for kind in arguments.kinds or kinds:
         pairs = kinds[kind]()
-        errors, nulls = ask(model, autoencoder, pairs, arguments.draws, errors_of)
+        errors, nulls = ask(model, autoencoder, pairs, arguments.draws)
         cases = [pair.case for pair in pairs]
         row = report[kind] = accuracy(errors, nulls, cases, kind in mirrored)
         levels = [f"{value:>5.2f}" for value in row["levels"].values()]

@@ -24,9 +24,9 @@ from lab.report import spread
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "lab" / "results" / "rivals.csv"
 ARMS, SEEDS = ("A", "B", "C"), (0, 1, 2)
-# Of 1, 2 and 4 times A's learning rates, what was best for each arm with 1e13 FLOPs, on the default
-# toy languages (docs/rival.md). The study has other languages.
-RATES = {"A": 1, "B": 2, "C": 2}
+# Times the default learning rates, what was best for each arm with 1e13 FLOPs on the default toy
+# languages (docs/rival.md). The study has other languages.
+RATES = {"A": 2, "B": 4, "C": 1}
 # corpus: flags, budgets of FLOPs, judges.
 STUDY = {
     "toy": ("--toy-seed 2", (2e13, 8e13), (
@@ -62,7 +62,7 @@ def run(folder, arm, flags, flops, judges):
     for judge in judges:
         name, *more = judge.split()
         if not (folder / f"{name}.done").exists():
-            python("-m", "lab.autoregressive", name, str(folder), *more)
+            python("-m", name, str(folder), *more)
             (folder / f"{name}.done").touch()
 
     rows = (folder / "log.jsonl").read_text().splitlines()

@@ -217,7 +217,7 @@ def held_out(corpus, frames, count):
     return torch.from_numpy(waves), np.searchsorted(ends, keys, side="right")
 
 
-def speak(arguments, waves, config, model, autoencoder, sample):
+def speak(arguments, waves, config, model, autoencoder):
     """Held-out sounds (B, N) -> {side: sounds (B, N')}, without the context."""
     sides = collections.defaultdict(list)
     device, n = autoencoder.mel_stats.device, config.ctx_frames
@@ -233,7 +233,7 @@ def speak(arguments, waves, config, model, autoencoder, sample):
     return {side: torch.cat(parts)[:, n * HOP:] for side, parts in sides.items()}
 
 
-def judge(arguments, load_run, sample):
+def judge(arguments):
     """The report on a run, a dict that JSON can hold."""
     folder = stories_of(arguments.run)
     settings = json.loads((folder / "stories.json").read_text())
@@ -243,7 +243,7 @@ def judge(arguments, load_run, sample):
     frames = config.ctx_frames + round(arguments.seconds * FRAME_RATE)
     count = max(1, round(arguments.minutes * 60 / arguments.seconds))
     waves, stories = held_out(corpus, frames, count)
-    sounds = speak(arguments, waves, config, model, autoencoder, sample)
+    sounds = speak(arguments, waves, config, model, autoencoder)
     begun = time.perf_counter()
     texts = [line["text"] for line in read_truth(folder).values()]
     sides = {side: transcribe(hear, waves) for side, waves in sounds.items()}
@@ -275,7 +275,7 @@ def show(report):
     print(f"judged in {report['judged_seconds']:.0f} s, generation excluded")
 
 
-def main(load_run=load_run, sample=sample):
+def main():
     parser = Parser(__doc__)
     add = parser.add_argument
     add("run", type=Path, help="a run folder, such as out/tiny")
@@ -292,7 +292,7 @@ def main(load_run=load_run, sample=sample):
     for name in ("minutes", "seconds", "steps", "cfg"):
         if not 0 < getattr(arguments, name) < math.inf:
             raise UserError(f"--{name} must be more than 0")
-    report = judge(arguments, load_run, sample)
+    report = judge(arguments)
     show(report)
     keep(report, arguments.json or arguments.run / "words.json")
 

@@ -433,8 +433,9 @@ def test_conversations_have_a_judge_of_their_own(monkeypatch, tmp_path):
     config = cdslm.Config(toy_grammar="topics")
     monkeypatch.setattr(sys, "argv", ["x", str(tmp_path)])
     for module in (judge, pairs):
+        monkeypatch.setattr(module, "load_run", lambda folder, device: (config, None, None))
         with pytest.raises(UserError, match="python -m lab.coherence"):
-            module.main(load_run=lambda folder, device: (config, None, None))
+            module.main()
 
 
 def test_missing_packages_are_named(monkeypatch):

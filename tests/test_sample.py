@@ -12,6 +12,7 @@ import soundfile
 import torch
 
 import cdslm
+import lab.best
 import lab.clips
 import sample as speak
 from cdslm import FRAME_RATE, HOP, RATE, UserError, load_audio
@@ -24,11 +25,13 @@ def say(trained, monkeypatch, tmp_path, capsys):
     """say("--num", 2, ...): run sample.py on the shared run -> (the file asked for, its output)."""
     monkeypatch.setattr(lab.clips, "transcriber", lambda *arguments: None)
 
-    def run(*words, out="x.wav", run=trained[0], **parts):
+    def run(*words, out="x.wav", run=trained[0], sample=cdslm.sample):
         words = [str(run), "--out", str(tmp_path / out), "--steps", "2", *map(str, words)]
         monkeypatch.setattr("sys.argv", ["sample.py", *words])
         capsys.readouterr()
-        speak.main(**parts)
+        for module in (speak, lab.best):
+            monkeypatch.setattr(module, "sample", sample)
+        speak.main()
         return tmp_path / out, capsys.readouterr().out
 
     return run

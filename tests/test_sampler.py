@@ -13,6 +13,7 @@ MEAN, SPREAD = 0.7, 0.3
 
 class Oracle:
     """A network that knows: the exact E[x0 | x_t] for x0 ~ N(MEAN, SPREAD^2), said as the config wants it."""
+    continuation = MMDiT.continuation
 
     def __init__(self, config):
         self.config, self.silence, self.calls = config, torch.zeros(config.channels), []
