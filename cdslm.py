@@ -1286,7 +1286,7 @@ def places(data):
     """The folders and files that `--data` names, each once, as absolute paths; and "toy". Raises
     UserError if one is not there."""
     found = []
-    for name in map(str, data if isinstance(data, list) else [data]):
+    for name in map(str, data if isinstance(data, (list, tuple)) else [data]):
         if name == "toy" and lab("topics") is None:
             raise UserError("--data toy needs lab/toyspeech.py beside cdslm.py; or give a folder")
         path = os.path.expanduser(name)

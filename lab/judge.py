@@ -67,7 +67,8 @@ class Judge:
             "language_kept": language_kept(self.toy, clips, self.languages),
             "late_words": late["word_rate"],
             "late_language": language_kept(self.toy, last, self.languages),
-            "mel": quality.frechet(quality.mel_frames(mel.cpu(), self.stats), self.reference_frames),
+            "mel": quality.frechet(
+                quality.mel_frames(mel.cpu(), self.stats), self.reference_frames),
             "dnsmos": self.opinion(frames[:HEARD]), **right}
 
     def hear(self, frames):

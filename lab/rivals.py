@@ -12,6 +12,7 @@ lab/results/rivals.csv.
 import csv
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +27,7 @@ RESULTS = ROOT / "lab" / "results" / "rivals.csv"
 ARMS, SEEDS = ("A", "B", "C"), (0, 1, 2)
 # Times the default learning rates, what was best for each arm with 1e13 FLOPs on the default toy
 # languages (docs/rival.md). The study has other languages.
-RATES = {"A": 2, "B": 4, "C": 1}
+RATES = {"A": 2, "B": 8, "C": 1}
 # corpus: flags, budgets of FLOPs, judges.
 STUDY = {
     "toy": ("--toy-seed 2", (2e13, 8e13), (
@@ -52,6 +53,14 @@ def python(*words):
     status = subprocess.run([sys.executable, *words], cwd=ROOT).returncode
     if status:
         raise UserError(f"{' '.join(words)} stopped with status {status}")
+
+
+def share_decoder(folder, corpus, seed):
+    """Begin a run with the sound decoder of another one: of a corpus and seed all have the same."""
+    trained = sorted(folder.parent.glob(f"{corpus}-*-{seed}/autoencoder.pt"))
+    if trained and not folder.exists():
+        folder.mkdir()
+        shutil.copy(trained[0], folder)
 
 
 def run(folder, arm, flags, flops, judges):
@@ -161,9 +170,9 @@ def main():
                 for arm in ARMS:
                     if (corpus, arm, flops, seed) in finished:
                         continue
-                    name = f"{corpus}-{arm}-{flops:g}-{seed}"
-                    row = run(arguments.out.resolve() / name, arm,
-                              [*flags.split(), "--seed", str(seed)], flops, judges)
+                    folder = arguments.out.resolve() / f"{corpus}-{arm}-{flops:g}-{seed}"
+                    share_decoder(folder, corpus, seed)
+                    row = run(folder, arm, [*flags.split(), "--seed", str(seed)], flops, judges)
                     add({"corpus": corpus, "arm": arm, "flops": f"{flops:g}", "seed": str(seed),
                          **row})
     table()

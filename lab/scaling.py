@@ -32,7 +32,7 @@ import numpy as np
 from tqdm import tqdm
 
 import eval_pjsd
-from cdslm import (FRAME_RATE, Parser, Trainer, UserError, claim, cli, count, decay_start, decide,
+from cdslm import (FRAME_RATE, Parser, Trainer, UserError, checked, claim, cli, count, decay_start, decide,
                    lock, open_autoencoder, open_corpus, parse as parse_config, ranks, reason,
                    replacing, resume_point, write_config)
 from lab import laws
@@ -69,7 +69,7 @@ def plan(arguments, base):
     `best_size` among those that need not repeat their speech too often."""
     shapes = {}
     for depth, width in arguments.sizes:
-        config = dataclasses.replace(base, depth=depth, width=width)
+        config = checked(dataclasses.replace(base, depth=depth, width=width))
         shapes[f"{depth}x{width}"] = config, count(config)
     only = arguments.only or shapes
     if arguments.each < 1 or not arguments.minutes > 0:

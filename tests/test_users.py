@@ -420,8 +420,10 @@ def test_it_trains_in_a_thread(mute, small, tmp_path):
 
 
 def test_what_a_notebook_hands_over(small, tmp_path):
-    config = small(out=tmp_path / "run", data=(tmp_path, "b"))
-    assert config.out == str(tmp_path / "run") and config.data == [str(tmp_path), "b"]
+    (tmp_path / "b").mkdir()
+    config = small(out=tmp_path / "run", data=(tmp_path, "toy"))
+    assert config.out == str(tmp_path / "run")
+    assert cdslm.places(config.data) == [str(tmp_path.resolve()), "toy"] and cdslm.places(tmp_path / "b")
     frames = cdslm.AudioAutoencoder(decoder="griffinlim").encode(torch.from_numpy(0.1 * np.ones((1, 3000))))
     assert frames.dtype == torch.float32
 
