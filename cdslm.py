@@ -959,10 +959,10 @@ def griffin_lim(magnitude, source, iterations=32, momentum=0.99):
 
 
 def two_band_griffin_lim(magnitude, source, low=60):
-    """Eight iterations below 1.2 kHz, where phase matters most and an iteration costs a fifteenth,
+    """24 iterations below 1.2 kHz, where phase matters most and an iteration costs a fifteenth,
     then two over the whole spectrum. The lowest n + 1 bins are themselves speech at a lower rate.
     """
-    low_band = griffin_lim(magnitude[:, :low + 1], source[:, :low + 1], iterations=8)
+    low_band = griffin_lim(magnitude[:, :low + 1], source[:, :low + 1], iterations=24)
     source = torch.cat([low_band[:, :low], source[:, low:]], dim=1)
     return griffin_lim(magnitude, source, iterations=2)
 
@@ -1047,7 +1047,7 @@ class AudioAutoencoder(Encoder):
         source = pulse_spectrum * log_ratio.clamp(-8, 8).exp() + noise_spectrum
         return magnitude, source, phase
 
-    def decode(self, frames, piece=1600, margin=64):
+    def decode(self, frames, piece=1600, margin=128):
         """(B, T, C) frames -> (B, 300 T) samples. Long inputs are decoded in pieces that overlap by
         `margin` frames on each side, so memory stays bounded."""
         length = frames.shape[1]
