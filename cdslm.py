@@ -1047,7 +1047,7 @@ class AudioAutoencoder(Encoder):
         source = pulse_spectrum * log_ratio.clamp(-8, 8).exp() + noise_spectrum
         return magnitude, source, phase
 
-    def decode(self, frames, piece=1600, margin=128):
+    def decode(self, frames, piece=1600, margin=192):
         """(B, T, C) frames -> (B, 300 T) samples. Long inputs are decoded in pieces that overlap by
         `margin` frames on each side, so memory stays bounded."""
         length = frames.shape[1]
