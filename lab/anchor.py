@@ -1,6 +1,5 @@
 """anchor: a long continuation that keeps hearing the end of its prompt.
 
-    python sample.py out/tiny --seconds 60 --anchor 0.5
     python -m lab.coherence out/topics --anchor 0.5
 
 DEVIATION: generated window by window, a voice drifts, because the model soon hears its own output

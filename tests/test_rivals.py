@@ -1,0 +1,79 @@
+"""The study of the arms: what is run, what is kept, what is said of it."""
+import json
+
+import pytest
+
+from cdslm import UserError
+from lab import rivals
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    """Programs that leave what the real ones leave; the words they were called with."""
+    called = []
+    monkeypatch.setattr(rivals, "RESULTS", tmp_path / "rivals.csv")
+
+    def python(*words):
+        called.append(words)
+        if words[0] == "lab.autoregressive":
+            folder = tmp_path / "out" / words[words.index("--out") + 1].split("/")[-1]
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "autoencoder.pt").write_text(words[2])
+            row = {"step": 3, "valid": {"mean": 0.5}}
+            (folder / "log.jsonl").write_text(json.dumps(row) + "\n")
+            toy = {name: {"value": 0.25} for name in rivals.KEPT}
+            (folder / "judged.json").write_text(json.dumps({"toy": toy, "pjsd": [0.1, 0.2, 0.3]}))
+            pairs = {kind: {"accuracy": 0.75} for kind in ("word", "place", "order")}
+            (folder / "pairs.json").write_text(json.dumps(pairs))
+    monkeypatch.setattr(rivals, "python", python)
+    return called, tmp_path / "out"
+
+
+def test_each_model_is_trained_and_judged_once(study, monkeypatch, capsys):
+    called, out = study
+    monkeypatch.setattr("sys.argv", ["rivals", "--out", str(out), "--seed", "1"])
+    rivals.main()
+    trained = [words for words in called if words[0] == "lab.autoregressive"]
+    assert len(trained) == 6 and len(called) == 6 * (1 + len(rivals.JUDGES))
+    assert {("--arm", "B"), ("--lr", "0.008")} <= set(zip(trained[1], trained[1][1:]))
+    rows = rivals.done()
+    assert [row["arm"] for row in rows] == ["A", "B", "C"] * 2 and rows[0]["pjsd_2"] == "0.2"
+    said = capsys.readouterr().out
+    assert "| word_rate | 0.250 | 0.250 | 0.250 |" in said and "| steps | 3 | 3 | 3 |" in said
+
+    rivals.main()                                             # nothing is left to do
+    assert len(called) == 6 * (1 + len(rivals.JUDGES))
+
+
+def test_the_decoder_of_a_seed_is_shared(study, monkeypatch):
+    called, out = study
+    rivals.run(out, "A", 2e13, 0)
+    (out / "A-2e+13-0/autoencoder.pt").write_text("of A")
+    seen = []
+    original = rivals.python
+
+    def watched(*words):
+        seen.append((out / "C-2e+13-0/autoencoder.pt").read_text())
+        original(*words)
+    monkeypatch.setattr(rivals, "python", watched)
+    rivals.run(out, "C", 2e13, 0)
+    assert seen[0] == "of A"
+
+
+def test_how_many_times_the_flops():
+    """A gains .1 for each doubling; C has with 2e13 what A has with 8e13."""
+    rows = [dict(arm="A", flops="2e13", word_rate="0.2"), dict(arm="A", flops="8e13", word_rate="0.4"),
+            dict(arm="C", flops="2e13", word_rate="0.4"), dict(arm="B", flops="8e13", word_rate="0.9")]
+    assert rivals.multipliers(rows) == {"C": pytest.approx(4)}
+    assert rivals.multipliers(rows[1:]) == {}
+
+
+def test_bad_input(study, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["rivals", "--seed", "7"])
+    with pytest.raises(UserError, match="--seed must be one of"):
+        rivals.main()
+
+
+def test_a_program_that_fails_is_named():
+    with pytest.raises(UserError, match="eval_pjsd --nonsense stopped with status 2"):
+        rivals.python("eval_pjsd", "--nonsense")
