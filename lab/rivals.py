@@ -100,7 +100,7 @@ def table():
             cells = [spread([float(row[name]) for row in side], digits) for side in sides]
             print(f"| {name} | {' | '.join(cells)} |")
     for arm, factor in multipliers(done()).items():
-        print(f"\nfor the words of {arm} with {BUDGETS[0]:g} FLOPs A needs {factor:.1f} times them")
+        print(f"\nwords of {arm} with {BUDGETS[0]:g} FLOPs: A needs {factor:.1f} times as many")
 
 
 def multipliers(rows):

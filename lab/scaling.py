@@ -33,8 +33,8 @@ from tqdm import tqdm
 
 import eval_pjsd
 from cdslm import (FRAME_RATE, Parser, Trainer, UserError, checked, claim, cli, count,
-                   decay_start, decide, lock, open_autoencoder, open_corpus, parse as parse_config, ranks, reason,
-                   replacing, resume_point, write_config)
+                   decay_start, decide, lock, open_autoencoder, open_corpus, parse as parse_config,
+                   ranks, reason, replacing, resume_point, write_config)
 from lab import laws
 from lab.judge import Judge
 from lab.plan import seconds_a_step
