@@ -1294,8 +1294,9 @@ def places(data):
         if name != "toy" and not named:
             raise UserError(f"--data {name}: no such folder")
         found += ["toy"] if name == "toy" else map(os.path.realpath, named)
-    inside = [place for place in found if set(map(str, Path(place).parents)) & set(found)]
-    return [place for place in dict.fromkeys(found) if place not in inside]
+    unique = dict.fromkeys(found)                             # in their order
+    return [place for place in unique
+            if not any(str(parent) in unique for parent in Path(place).parents)]
 
 
 def find_recordings(root, skipped):
@@ -1397,7 +1398,7 @@ def build_shard(stem, source, clips, pool):
             for wave in clip.read():
                 waves.append((wave.clamp(-1, 1) * 32767).round().short())
         except UserError as error:
-            source.skipped[clip.name] = printable(reason(error))
+            skipped[clip.name] = printable(reason(error))
         wave = torch.cat(waves)
         return F.pad(wave, (0, -len(wave) % HOP)).numpy()
 
@@ -1407,10 +1408,11 @@ def build_shard(stem, source, clips, pool):
         mel = log_mel(torch.from_numpy(audio[first:last]).float()[None] / 32767)[0]
         return mel[(start - first) // HOP:][:60 * FRAME_RATE].half().numpy()
 
+    skipped = {}
     waves = list(pool.map(samples, clips))
     contents = {"clips": [[clip.name, clip.minute, len(wave) // HOP]
                           for clip, wave in zip(clips, waves)],
-                "skipped": source.skipped}
+                "skipped": skipped}
     audio = np.concatenate(waves)
     del waves                                                 # hold a long recording only once
     minutes = pool.map(frames, range(0, len(audio), 60 * RATE))
@@ -1482,7 +1484,8 @@ class Corpus:
             shard, start, length = runs[row]
             start += place - (ends[row] - (length - frames + 1))
             stored = array(self.shards[shard]["stem"], kind)
-            windows.append(stored[start * hop:(start + frames) * hop])
+            # A copy: a view would keep the file of its shard open.
+            windows.append(np.array(stored[start * hop:(start + frames) * hop]))
         return np.stack(windows)
 
     def windows(self, kind, split, keys, frames):

@@ -9,7 +9,6 @@ a table.
     python -m lab.bench decoder out/tiny        what the decoder changes in generated frames
     python -m lab.bench data                    toy speech, log-mel beside two packages, batches
     python -m lab.bench startup out/tiny        seconds until --help, until the first step
-    python -m lab.bench growth                  time and memory against depth, window and batch
 
 `--quick` measures something small, to see that it works. OMP_NUM_THREADS sets the threads.
 """
@@ -17,7 +16,6 @@ import contextlib
 import dataclasses
 import os
 import re
-import resource
 import shutil
 import statistics
 import subprocess
@@ -31,7 +29,7 @@ import torch
 from torch import nn
 
 from cdslm import (FFT, FLOOR, FRAME_RATE, HOP, MELS, RATE, WINDOW, AudioAutoencoder, Config,
-                   Diffusion, MMDiT, Parser, Trainer, UserError, autocast, cli, count, decide,
+                   Diffusion, MMDiT, Parser, Trainer, UserError, autocast, cli, decide,
                    load_run, log_mel, make_optimizers, open_corpus, read_config, rotary, sample)
 from lab.plan import command_line
 
@@ -372,7 +370,7 @@ def bench_speed(quick, run):
 
 
 # --------------------------------------------------------------------------------------------------
-# Data, decoder, start-up, growth.
+# Data, decoder, start-up.
 
 def log_mels(wave):
     """{name: function} of log-mel here and in the packages that are installed."""
@@ -487,48 +485,6 @@ def first_step(folder, config):
         seconds = time.perf_counter() - begun
         process.kill()
     return seconds
-
-
-def measure(settings, rounds):
-    """Print what a step of `tiny` with these settings takes: milliseconds, and MiB beyond the
-    process without it."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    seconds = race(rounds, step=Step(Config("tiny", **settings)))["step"]
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(1e3 * seconds, (after - before) / 1024)
-
-
-def alone(settings, rounds):
-    """The two figures of `measure`, from a process of its own."""
-    code = f"from lab import bench; bench.measure({settings!r}, {rounds})"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True,
-                          text=True)
-    ms, memory = map(float, done.stdout.split())
-    return ms, memory
-
-
-def bench_growth(quick, _):
-    """Time, memory and FLOPs of a step, as depth, window and batch grow."""
-    base = dict(depth=2, width=256, ctx_seconds=1.0, gen_seconds=3.0, optimizer="adamw",
-                batch_size=2 if quick else 8, self_condition=0.0)
-    changes = {"depth 2, window 4 s, batch 8": {}}
-    for n in (4, 6):
-        changes[f"depth {n}, width {128 * n}"] = dict(depth=n, width=128 * n)
-    for n in (2, 4, 8):
-        changes[f"window {4 * n} s"] = dict(ctx_seconds=1.0 * n, gen_seconds=3.0 * n)
-    for n in (2, 4, 8):
-        changes[f"batch {8 * n}"] = dict(batch_size=8 * n)
-    if quick:
-        changes = dict(list(changes.items())[:2])
-
-    rows = []
-    for name, change in changes.items():
-        settings = base | change
-        config = Config("tiny", **settings)
-        ms, memory = alone(settings, 1 if quick else 5)
-        flops = count(config)["flops"] * config.batch_size
-        rows.append((name, flops / 1e9, ms, flops / ms / 1e6, memory))
-    table("A step, grown", ("what", "GFLOP", "ms", "GFLOP/s", "MiB"), rows)
 
 
 # --------------------------------------------------------------------------------------------------

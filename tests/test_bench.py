@@ -51,7 +51,7 @@ def test_help_waits_for_nothing_that_only_training_needs():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", "step parts sampling speed data startup growth".split())
+@pytest.mark.parametrize("what", "step parts sampling speed data startup".split())
 def test_every_part_prints_a_table_of_numbers(what, trained):
     done = command("lab.bench", what, trained[0], "--quick")
     assert done.returncode == 0, done.stderr
