@@ -1391,6 +1391,8 @@ def build_cache(source):
 def build_shard(stem, source, clips, pool):
     """Write a shard: STEM.audio.npy (N,) int16, STEM.mel.npy (N/300, 80) float16, and last
     STEM.json with its contents."""
+    skipped = {}
+
     def samples(clip):
         """Int16, a whole number of frames; what can't be read is left out and noted."""
         waves = [torch.zeros(0, dtype=torch.int16)]
@@ -1408,7 +1410,6 @@ def build_shard(stem, source, clips, pool):
         mel = log_mel(torch.from_numpy(audio[first:last]).float()[None] / 32767)[0]
         return mel[(start - first) // HOP:][:60 * FRAME_RATE].half().numpy()
 
-    skipped = {}
     waves = list(pool.map(samples, clips))
     contents = {"clips": [[clip.name, clip.minute, len(wave) // HOP]
                           for clip, wave in zip(clips, waves)],

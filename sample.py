@@ -160,11 +160,10 @@ def watch(arguments, model, context):
 
 
 def main():
-    arguments, speaker = parse(), sample
-    if arguments.best_of != 1:
-        if not lab("best"):
-            raise UserError("--best-of needs lab/best.py beside cdslm.py")
-        speaker = lab("best").best_of(arguments.best_of)
+    arguments = parse()
+    if arguments.best_of != 1 and not lab("best"):
+        raise UserError("--best-of needs lab/best.py beside cdslm.py")
+    speaker = sample if arguments.best_of == 1 else lab("best").best_of(arguments.best_of)
     files, written = output_files(arguments), {}
     place = files[0][0].parent
     runs = [load_run(run, arguments.device) for run in arguments.runs]

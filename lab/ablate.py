@@ -8,17 +8,15 @@ A model is `tiny`, trained for 1,000 steps. Frames are recognised without the de
 the model is judged. Results are kept in lab/results/ablations.csv, where the same command goes on;
 docs/results.md shows them, "What each choice buys".
 """
-import csv
 from pathlib import Path
 
 import torch
 
-from cdslm import (Parser, Trainer, UserError, cli, count, decide, fit_autoencoder, open_corpus,
-                   parse as parse_config, replacing)
+from cdslm import (Parser, Trainer, cli, count, decide, fit_autoencoder, open_corpus,
+                   parse as parse_config)
 from lab.judge import ASKED, Judge
-from lab.report import spread
+from lab.study import chosen_seeds, read_rows, spread, write_rows
 
-SEEDS = 0, 1, 2
 BASE = "--steps 1000 --decoder griffinlim --device cpu"
 MINUTES = 10                           # of generated speech that is judged
 
@@ -30,11 +28,6 @@ CHANGES = ["", "--min-snr-gamma 0.1", "--min-snr-gamma 0.5", "--t-shift 1.5",
 RESULTS = Path(__file__).parent / "results" / "ablations.csv"
 DIGITS = {"loss": 4, "words": 3, "runs_2": 3, "pjsd_2": 3, "pjsd_3": 3, "pjsd_5": 3,
           "language": 2} | dict.fromkeys(ASKED, 2)
-
-
-def done():
-    """The rows of the results file."""
-    return list(csv.DictReader(RESULTS.open())) if RESULTS.exists() else []
 
 
 def run(config):
@@ -54,18 +47,9 @@ def run(config):
         "language": report["language_kept"], **{kind: report[kind] for kind in ASKED}}
 
 
-def add(row):
-    """Add a row to the results file."""
-    rows = [*done(), row]
-    with replacing(RESULTS) as temporary, temporary.open("w") as file:
-        writer = csv.DictWriter(file, list(row), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def table():
     """Print means over seeds, ± half of the distance between the outermost, in Markdown."""
-    rows = done()
+    rows = read_rows(RESULTS)
     print(f"| changed | seeds | FLOPs | {' | '.join(DIGITS)} |")
     print("|---" * (3 + len(DIGITS)) + "|")
     for flags in CHANGES:
@@ -86,17 +70,16 @@ def main():
     parser.add_argument("--seed", type=int, help="train this seed alone [0, 1 and 2]")
     parser.add_argument("--table", action="store_true", help="print the results that are there")
     arguments = parser.parse_args()
-    seeds = SEEDS if arguments.seed is None else [arguments.seed]
-    if not set(seeds) <= set(SEEDS):
-        raise UserError(f"--seed must be one of {SEEDS}")
+    seeds = chosen_seeds(arguments.seed)
 
-    finished = {(row["flags"], int(row["seed"])) for row in done()}
+    finished = {(row["flags"], int(row["seed"])) for row in read_rows(RESULTS)}
     for flags in CHANGES:
         for seed in seeds:
             if (flags, seed) not in finished and not arguments.table:
                 measured = run(parse_config(f"{BASE} {flags} --seed {seed}".split()))
                 values = {name: f"{value:.5g}" for name, value in measured.items()}
-                add({"flags": flags, "seed": seed, **values})
+                row = {"flags": flags, "seed": seed, **values}
+                write_rows(RESULTS, [*read_rows(RESULTS), row])
     table()
 
 

@@ -21,11 +21,12 @@ def anchored(seconds):
         if kept < 1 or newest < k:
             raise UserError(f"--anchor {seconds:g} must be at least a token of {k} frames, and less"
                             f" than the context of {config.ctx_seconds:g} s")
-        frames, made = frames or config.gen_frames, context
+        frames = frames or config.gen_frames
+        made = heard = context
         for window in progress(range(-(-frames // config.gen_frames))):
-            heard = torch.cat([context[:, -kept:], made[:, -newest:]], dim=1) if window else made
             own = keyed(seed, "anchor", window) if window else seed
             x0 = sample(model, heard, config.gen_frames, seed=own, **options)
             made = torch.cat([made, x0], dim=1)
+            heard = torch.cat([context[:, -kept:], made[:, -newest:]], dim=1)
         return made[:, context.shape[1]:][:, :frames]
     return sample_anchored if seconds else sample

@@ -274,8 +274,8 @@ def toy_contexts(config, autoencoder, number):
     """Toy speech of the run's languages, and the frames (number, T, C) of windows of it."""
     from eval_pjsd import CONTEXTS
     from lab.listener import speak
-    from lab.toyspeech import ToySpeech
-    toy = ToySpeech(config.toy_languages, config.toy_words, config.toy_seed)
+    from lab.topics import toy_speech
+    toy = toy_speech(config)
     frames = config.ctx_frames + config.gen_frames
     waves, _ = speak(toy, CONTEXTS, number, frames, "contexts", config.ctx_frames)
     return toy, autoencoder.encode(waves)

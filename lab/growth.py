@@ -12,7 +12,6 @@ the CPU. Speech is simulated: many names of one file (this needs a disk with har
 or memory grows as size^p, p is fitted to the last decade of sizes, and to the last two sizes.
 """
 import copy
-import csv
 import json
 import os
 import re
@@ -31,6 +30,7 @@ from cdslm import (FRAME_RATE, HOP, MELS, SHARD_SECONDS, AudioAutoencoder, Clip,
                    Diffusion, MMDiT, OneDevice, Parser, Source, UserError, build_cache, cache_root,
                    cli, decide, fingerprint, folder_source, keyed, make_optimizers, open_corpus,
                    places, replacing, sample, split, training_step)
+from lab.study import read_rows, write_rows
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "lab" / "results" / "growth.csv"
@@ -255,19 +255,11 @@ def measure_size(axis, size):
     return rows
 
 
-def read_rows():
-    """The rows of the results file."""
-    return list(csv.DictReader(RESULTS.open())) if RESULTS.exists() else []
-
-
-def write_rows(rows):
+def keep(rows):
     """Write the results file, in the order of AXES."""
     order = list(AXES)
     rows.sort(key=lambda row: (order.index(row["axis"]), row["what"], int(row["size"])))
-    with replacing(RESULTS) as temporary, temporary.open("w") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(RESULTS, rows)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -332,7 +324,8 @@ def draw(rows, path):
         lower.set_ylim(1, 2000)
     panels[0, 0].set_ylabel("CPU seconds")
     panels[1, 0].set_ylabel("MiB of memory")
-    figure.savefig(path, dpi=110)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
 
 
 def main():
@@ -346,7 +339,7 @@ def main():
         if axis not in AXES:
             raise UserError(f"{axis}: the axes are {', '.join(AXES)}")
 
-    rows = [row for row in read_rows() if row["axis"] not in arguments.axes]
+    rows = [row for row in read_rows(RESULTS) if row["axis"] not in arguments.axes]
     if arguments.quick:
         rows = []
     if not arguments.table and not arguments.plot:
@@ -357,7 +350,7 @@ def main():
                     continue
                 rows += measure_size(axis, size)
                 if not arguments.quick:
-                    write_rows(rows)
+                    keep(rows)
     if arguments.plot:
         draw(rows, arguments.plot)
     table(rows)

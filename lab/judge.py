@@ -11,7 +11,7 @@ from cdslm import CFG, FRAME_RATE, STEPS, UserError, autocast, log_mel, sample
 from lab import markov, pair_speech, pairs, quality
 from lab.listener import batched, language_kept, load_listener, speak
 from lab.sides import CONTEXTS, REFERENCE, decode
-from lab.toyspeech import ToySpeech
+from lab.topics import toy_speech
 
 ASKED, NUMBER = ("word", "place", "order"), 100               # kinds of pairs; pairs of each
 WINDOWS = 5                            # one after another, to see what is lost on the way
@@ -29,7 +29,7 @@ class Judge:
 
     def __init__(self, config, autoencoder, device, dtype, minutes):
         self.autoencoder, self.device, self.dtype = autoencoder, device, dtype
-        self.toy = ToySpeech(config.toy_languages, config.toy_words, config.toy_seed)
+        self.toy = toy_speech(config)
         self.listener = load_listener()
         ctx, gen = config.ctx_frames, config.gen_frames
         clips = max(1, round(minutes * 60 * FRAME_RATE / gen))

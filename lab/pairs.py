@@ -44,7 +44,7 @@ from cdslm import Diffusion, Parser, UserError, cli, keyed_noise, load_run, repl
 from lab import causal, pair_speech, pair_stories
 from lab.pair_files import find_pairs, read_pair
 from lab.report import keep
-from lab.toyspeech import ToySpeech
+from lab.topics import toy_speech
 from lab.words import stories_of
 
 # CHOICE: measured, see docs/results.md.
@@ -208,7 +208,7 @@ def makers(arguments, config):
         if config.toy_grammar == "topics":
             raise UserError(f"{arguments.run} was trained on conversations, of which there are no "
                             "pairs; see python -m lab.coherence")
-        toy = ToySpeech(config.toy_languages, config.toy_words, config.toy_seed)
+        toy = toy_speech(config)
         sizes = config.ctx_frames, config.gen_frames
         made = {kind: lambda kind=kind: pair_speech.make_pairs(toy, kind, count, *sizes)
                 for kind in pair_speech.KINDS if kind != "language" or len(toy.languages) > 1}

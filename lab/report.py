@@ -37,16 +37,6 @@ def number(value, form):
     return "-" if value is None or math.isnan(value) else format(value, form)
 
 
-def spread(values, digits):
-    """The mean of some runs as text, ± half of the distance between the outermost; "" of none."""
-    if not values:
-        return ""
-    mean = f"{sum(values) / len(values):.{digits}f}"
-    if len(values) == 1:
-        return mean
-    return f"{mean} ± {(max(values) - min(values)) / 2:.{digits}f}"
-
-
 def line(name, values, form):
     """Print a row of a table."""
     print(f"{name:<26}" + "".join(f"{number(v, form):>9}" for v in values))

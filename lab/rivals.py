@@ -8,7 +8,6 @@ Every arm of lab/autoregressive.py is trained on the same toy speech with the sa
 by the same programs, each in a process of its own. The same command goes on where it stopped.
 Results are kept in lab/results/rivals.csv.
 """
-import csv
 import json
 import math
 import shutil
@@ -18,12 +17,12 @@ from pathlib import Path
 
 import numpy as np
 
-from cdslm import Parser, UserError, cli, replacing
-from lab.report import spread
+from cdslm import Parser, UserError, cli
+from lab.study import chosen_seeds, read_rows, spread, write_rows
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "lab" / "results" / "rivals.csv"
-ARMS, BUDGETS, SEEDS = ("A", "B", "C"), (2e13, 8e13), (0, 1, 2)
+ARMS, BUDGETS = ("A", "B", "C"), (2e13, 8e13)
 # Times the default learning rates, what was best for each arm with 1e13 FLOPs on the default toy
 # languages (docs/rival.md). The study has other languages.
 RATES = {"A": 2, "B": 8, "C": 1}
@@ -73,24 +72,18 @@ def run(out, arm, flops, seed):
     return row
 
 
-def done():
-    """The rows of the results file."""
-    return list(csv.DictReader(RESULTS.open())) if RESULTS.exists() else []
-
-
 def add(row):
     """Add a row to the results file."""
-    rows = sorted([*done(), row], key=lambda row: (float(row["flops"]), row["arm"], row["seed"]))
-    with replacing(RESULTS) as temporary, temporary.open("w") as file:
-        writer = csv.DictWriter(file, list(row), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    rows = [*read_rows(RESULTS), row]
+    rows.sort(key=lambda row: (float(row["flops"]), row["arm"], row["seed"]))
+    write_rows(RESULTS, rows)
 
 
 def table():
     """Print means over seeds, ± half of the distance between the outermost, in Markdown."""
+    done = read_rows(RESULTS)
     for flops in BUDGETS:
-        rows = [row for row in done() if float(row["flops"]) == flops]
+        rows = [row for row in done if float(row["flops"]) == flops]
         sides = [[row for row in rows if row["arm"] == arm] for arm in ARMS]
         print(f"\n| {flops:g} FLOPs | {' | '.join(ARMS)} |")
         print("|---" * (1 + len(ARMS)) + "|")
@@ -99,7 +92,7 @@ def table():
             digits = 0 if name == "steps" else 3
             cells = [spread([float(row[name]) for row in side], digits) for side in sides]
             print(f"| {name} | {' | '.join(cells)} |")
-    for arm, factor in multipliers(done()).items():
+    for arm, factor in multipliers(done).items():
         print(f"\nwords of {arm} with {BUDGETS[0]:g} FLOPs: A needs {factor:.1f} times as many")
 
 
@@ -127,11 +120,9 @@ def main():
     parser.add_argument("--seed", type=int, help="train this seed alone [0, 1 and 2]")
     parser.add_argument("--table", action="store_true", help="print the results that are there")
     arguments = parser.parse_args()
-    seeds = SEEDS if arguments.seed is None else [arguments.seed]
-    if not set(seeds) <= set(SEEDS):
-        raise UserError(f"--seed must be one of {SEEDS}")
+    seeds = chosen_seeds(arguments.seed)
 
-    finished = {(row["arm"], float(row["flops"]), int(row["seed"])) for row in done()}
+    finished = {(row["arm"], float(row["flops"]), int(row["seed"])) for row in read_rows(RESULTS)}
     grid = [(arm, flops, seed) for seed in seeds for flops in BUDGETS for arm in ARMS]
     for arm, flops, seed in grid:
         if (arm, flops, seed) not in finished and not arguments.table:

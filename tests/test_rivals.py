@@ -36,7 +36,7 @@ def test_each_model_is_trained_and_judged_once(study, monkeypatch, capsys):
     trained = [words for words in called if words[0] == "lab.autoregressive"]
     assert len(trained) == 6 and len(called) == 6 * (1 + len(rivals.JUDGES))
     assert {("--arm", "B"), ("--lr", "0.008")} <= set(zip(trained[1], trained[1][1:]))
-    rows = rivals.done()
+    rows = rivals.read_rows(rivals.RESULTS)
     assert [row["arm"] for row in rows] == ["A", "B", "C"] * 2 and rows[0]["pjsd_2"] == "0.2"
     said = capsys.readouterr().out
     assert "| word_rate | 0.250 | 0.250 | 0.250 |" in said and "| steps | 3 | 3 | 3 |" in said

@@ -1,0 +1,36 @@
+"""study: what studies of many runs share: their table of results, their seeds, the mean of some."""
+import csv
+
+from cdslm import UserError, replacing
+
+SEEDS = 0, 1, 2
+
+
+def read_rows(path):
+    """The rows of a results file, {column: text}; [] if there is none."""
+    return list(csv.DictReader(path.open())) if path.exists() else []
+
+
+def write_rows(path, rows):
+    """Write a results file, whole or not at all."""
+    with replacing(path) as temporary, temporary.open("w") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def chosen_seeds(seed):
+    """The seeds that --seed asks for: all of SEEDS if it is None. Raises UserError for another."""
+    if seed is not None and seed not in SEEDS:
+        raise UserError(f"--seed must be one of {SEEDS}")
+    return SEEDS if seed is None else [seed]
+
+
+def spread(values, digits):
+    """The mean of some runs as text, ± half of the distance between the outermost; "" of none."""
+    if not values:
+        return ""
+    mean = f"{sum(values) / len(values):.{digits}f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ± {(max(values) - min(values)) / 2:.{digits}f}"
