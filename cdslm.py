@@ -126,7 +126,7 @@ class Config:
     out: str = opt(None, "run folder; by default out/SIZE", section="machine")
     device: str = opt("auto", "cuda, mps, cpu; auto: the first that is available")
     dtype: str = opt("auto", "of matrix products", "auto", "bf16", "fp16", "fp32")
-    compile: bool = opt(False, "torch.compile the blocks of the network")
+    compile: bool = opt(None, "torch.compile the blocks; by default in long runs on CUDA")
     parallel: str = opt("ddp", "each device holds the whole model, or a shard", "ddp", "fsdp")
     checkpoint_activations: bool = opt(False, "recompute activations: less memory, more time")
 
@@ -659,8 +659,7 @@ def orthogonalize(matrices, dtype):
         factor = polynomial(gram, *coefficients)
         x = x @ factor if tall else factor @ x
 
-    # The last two steps share one Gram matrix, since polynomials of a matrix commute: a sixth of
-    # the time saved.
+    # Polynomials of a matrix commute, so the last two steps share one Gram matrix: a sixth faster.
     gram = x.mT @ x if tall else x @ x.mT
     third = polynomial(gram, *NEWTON_SCHULZ[-2])
     fourth = polynomial(third @ gram @ third, *NEWTON_SCHULZ[-1])
@@ -736,14 +735,13 @@ def make_optimizers(model, config, dtype=torch.float32):
 
 
 def decay_start(steps):
-    """The step at which wsd begins to decay: the last quarter of the run (Hu et al. 2024). Before
-    it, a longer and a shorter run are equal."""
+    """The step at which wsd begins its linear decay: the last quarter of the run (Hu et al. 2024).
+    Before it, a longer and a shorter run are equal."""
     return steps - math.ceil(steps / 4)
 
 
 def lr_factor(config, step):
-    """Learning rate at a step, relative to its peak: linear warmup, then cosine; or constant and at
-    last a linear decay (wsd)."""
+    """Learning rate at a step, relative to its peak: linear warmup, then cosine or wsd."""
     warmup = min(1.0, (step + 1) / max(1, config.warmup))
     if config.lr_schedule == "cosine":
         return warmup * (0.5 + 0.5 * math.cos(math.pi * step / config.steps))
@@ -762,8 +760,13 @@ class OneDevice:
 
     def __init__(self, device="cpu", dtype=torch.float32):
         self.device, self.dtype = torch.device(device), dtype
-        # float16 has a small range: losses are multiplied, gradients divided by a scale.
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
+        # Skips updates that are not finite; and in float16, whose range is small, scales losses.
+        scale, interval = (2.0 ** 16, 2000) if dtype == torch.float16 else (1.0, 2 ** 31 - 1)
+        self.scaler = torch.amp.GradScaler(self.device.type, scale, growth_interval=interval)
+
+    def place(self, tensor):
+        """A CPU's tensor on this device. Other copies than to CUDA must wait: memory is reused."""
+        return tensor.to(self.device, non_blocking=self.device.type == "cuda")
 
     def micro_batches(self, config):
         """Positions in the batch that this device computes: a range for each forward pass."""
@@ -789,27 +792,27 @@ def noise_levels(config, diffusion, step, positions):
     return diffusion.angle(diffusion.times(u))
 
 
-def drop_contexts(config, ctx, silence, step, positions):
-    """Contexts (b, Tc, C), some of them replaced by `silence` (C,), for guidance."""
-    first = step * config.batch_size
-    drop = [uniform(config.seed, "drop", first + i) < config.ctx_drop for i in positions]
-    return torch.where(torch.tensor(drop)[:, None, None].to(ctx.device), silence, ctx)
+def dropped(config, step, positions):
+    """Which contexts at these positions are replaced by silence, for guidance: (b,)."""
+    keys = (step * config.batch_size + i for i in positions)
+    return torch.tensor([uniform(config.seed, "drop", key) < config.ctx_drop for key in keys])
 
 
 def training_step(network, ema, optimizers, diffusion, config, step, batches, hardware):
     """One update of the network, of its EMA and of the optimisers' state.
 
     `batches` iterates over micro-batches: ctx (b, Tc, C), x0 (b, Tg, C), eps like x0. Returns the
-    loss and the gradient norm; where either is not finite, no weight has changed."""
+    loss and the gradient norm, (2,), without waiting for the device to compute them. An optimiser
+    whose gradients are not finite changes no weight."""
     self_condition = uniform(config.seed, "guess", step) < config.self_condition
     parts = hardware.micro_batches(config)
 
-    # Gradients, summed over the micro-batches.
-    # `parts` comes first, so that zip takes no batch of the next step.
+    # Sum the gradients. `parts` comes first: zip must not take a batch of the next step.
     total = torch.zeros((), device=hardware.device)
     for positions, (ctx, x0, eps) in zip(parts, batches):
-        phi = noise_levels(config, diffusion, step, positions).to(ctx.device)
-        ctx = drop_contexts(config, ctx, ema.silence, step, positions)
+        phi = hardware.place(noise_levels(config, diffusion, step, positions))
+        silent = hardware.place(dropped(config, step, positions))
+        ctx = torch.where(silent[:, None, None], ema.silence, ctx)
         with hardware.exchange(network, last=positions == parts[-1]):
             with autocast(hardware.device, hardware.dtype):
                 losses = diffusion.loss(network, x0, ctx, phi, eps, self_condition)
@@ -822,23 +825,18 @@ def training_step(network, ema, optimizers, diffusion, config, step, batches, ha
         hardware.scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(network.parameters(), config.clip)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm       # of FSDP2's shards
-    loss, norm = torch.stack([total, norm]).tolist()                          # waits for the device
 
-    if math.isfinite(loss + norm):
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * lr_factor(config, step)
-            optimizer.step()
-
-        # The EMA has a short memory at first.
-        decay = min(config.ema, (1 + step) / (10 + step))
-        with torch.no_grad():
-            averages, weights = list(ema.parameters()), list(network.parameters())
-            torch._foreach_lerp_(averages, weights, 1 - decay)
-    hardware.scaler.update()                                  # smaller after a step that overflowed
     for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * lr_factor(config, step)
+        hardware.scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
-    return loss, norm
+    hardware.scaler.update()                                  # smaller after a step that overflowed
+
+    decay = min(config.ema, (1 + step) / (10 + step))         # at first it has a short memory
+    with torch.no_grad():
+        torch._foreach_lerp_(list(ema.parameters()), list(network.parameters()), 1 - decay)
+    return torch.stack([total, norm])
 
 
 # ==================================================================================================
@@ -1810,6 +1808,13 @@ def multiplies_bf16(device):
     return device.type == "cpu" and has_bf16
 
 
+def compiles(config, device):
+    """Whether the blocks are compiled: as asked, else where a minute of compiling pays."""
+    if config.compile is None:
+        return device.type == "cuda" and config.steps >= 10_000
+    return config.compile
+
+
 def ranks():
     """This process's rank and the number of ranks, from the variables that torchrun sets, all of
     which must be there; 0 and 1 without it."""
@@ -1978,7 +1983,7 @@ class Trainer:
             self.model, self.ema = model.to(device), copy.deepcopy(model).to(device)
         self.ema.eval().requires_grad_(False)
         self.network = self.model
-        if config.compile:
+        if compiles(config, device):
             torch._dynamo.config.suppress_errors = True       # where it fails, go on without
             for block in self.model.blocks:
                 block.forward = torch.compile(block.forward)
@@ -1990,6 +1995,7 @@ class Trainer:
             self.network = DistributedDataParallel(
                 self.model, gradient_as_bucket_view=True,
                 find_unused_parameters=config.self_condition > 0)
+            self.network.broadcast_buffers = False            # its one buffer never changes
 
         self.diffusion = Diffusion(config)
         self.optimizers = make_optimizers(self.model, config, dtype)
@@ -2023,36 +2029,37 @@ class Trainer:
 
     def frames(self, mel):
         """Log-mel windows (b, T, 80) -> context (b, Tc, C) and continuation (b, Tg, C)."""
-        # Elsewhere a copy that does not wait may read memory that is free again.
-        mel = mel.to(self.device, non_blocking=self.device.type == "cuda").float()
-        frames = self.autoencoder.from_mel(mel)
+        frames = self.autoencoder.from_mel(self.hardware.place(mel).float())
         return frames.split([self.config.ctx_frames, self.config.gen_frames], dim=1)
 
     def step(self):
-        """One training step -> its row in the log. Raises UserError after ten bad ones in a row."""
-        config = self.config
+        """Launch a training step -> its row in the log; `finish` adds what the device computes."""
+        config, step = self.config, self.done
         if self.batches is None:
             self.batches = self.micro_batches()
-        loss, norm = training_step(self.network, self.ema, self.optimizers, self.diffusion, config,
-                                   self.done, self.batches, self.hardware)
+        result = training_step(self.network, self.ema, self.optimizers, self.diffusion, config,
+                               step, self.batches, self.hardware)
+        self.done += 1
+        late = time.monotonic() - self.saved > SAVE_SECONDS
+        asked = self.hardware.total(torch.tensor([len(self.signals), late]))  # by gloo: no GPU
+        self.stopping, self.late = (asked > 0).tolist()
+        windows = self.done * config.batch_size
+        hours = windows * self.corpus.window / FRAME_RATE / 3600
+        return {"step": self.done, "result": result, "lr": config.lr * lr_factor(config, step),
+                "tokens": windows * self.size["tokens"], "flops": windows * self.size["flops"],
+                "hours": hours, "epochs": hours / self.hours}
+
+    def finish(self, row):
+        """Wait for the device: the row with its loss and gradient norm. Raises UserError after ten
+        bad ones in a row."""
+        loss, norm = row.pop("result").tolist()
         finite = math.isfinite(loss + norm)
         self.skipped += not finite
         self.failed = 0 if finite and loss < DIVERGED else self.failed + 1
         if self.failed == 10:
             raise UserError(f"ten steps in a row with a loss above {DIVERGED} or not finite: "
                             "training has diverged; try a lower --lr or --muon-lr in another --out")
-
-        lr = config.lr * lr_factor(config, self.done)
-        self.done += 1
-        late = time.monotonic() - self.saved > SAVE_SECONDS
-        asked = self.hardware.total(torch.tensor([len(self.signals), late], device=self.device))
-        self.stopping, self.late = (asked > 0).tolist()
-        windows = self.done * config.batch_size
-        hours = windows * self.corpus.window / FRAME_RATE / 3600
-        return {"step": self.done, "loss": loss, "gradient": norm, "lr": lr,
-                "skipped": self.skipped, "tokens": windows * self.size["tokens"],
-                "flops": windows * self.size["flops"], "hours": hours,
-                "epochs": hours / self.hours}
+        return row | {"loss": loss, "gradient": norm, "skipped": self.skipped}
 
     @torch.no_grad()
     def validate(self, number=VALIDATION_WINDOWS):
@@ -2196,7 +2203,7 @@ def train_loop(trainer, folder):
         with replacing(path) as temporary:
             temporary.write_text("".join(rows[:trainer.done]))                # a row a step
     frames_per_step = config.batch_size * trainer.corpus.window
-    first, begun, shown = trainer.done, time.perf_counter(), {}
+    first, begun, shown, unwritten = trainer.done, time.perf_counter(), {}, []
     plan = lab("plan")
     pace = plan and plan.Pace(config, first)
 
@@ -2207,6 +2214,7 @@ def train_loop(trainer, folder):
             if config.lr_schedule == "wsd" and trainer.done == decay_start(config.steps):
                 trainer.save(folder / "trunk.pt")             # a longer run resumes here
             row = trainer.step()
+            unwritten.append(row)
             if pace and pace.shortens(trainer.done):
                 bar.total = config.steps
                 write_config(folder, config, trainer.corpus.contents)
@@ -2216,12 +2224,18 @@ def train_loop(trainer, folder):
             if due:
                 row["valid"] = trainer.validate()
                 shown["valid"] = f"{row['valid']['mean']:.4f}"
-            if trainer.done % 10 == 0:
-                shown["loss"] = f"{row['loss']:.4f}"
-                bar.set_postfix(shown, refresh=False)
-            log.write(json.dumps(row) + "\n")
+
+            # The newest row is finished in the next step, so that the device need not wait for us.
+            saves = due or trainer.stopping or trainer.late
+            whole = saves or trainer.done == decay_start(config.steps)
+            while len(unwritten) > (0 if whole else 1):
+                row = trainer.finish(unwritten.pop(0))
+                log.write(json.dumps(row) + "\n")
+                if row["step"] % 10 == 0:
+                    shown["loss"] = f"{row['loss']:.4f}"
+                    bar.set_postfix(shown, refresh=False)
             bar.update()
-            if due or trainer.stopping or trainer.late:
+            if saves:
                 trainer.save(folder / "checkpoint.pt")
 
 
@@ -2292,7 +2306,8 @@ def config_parser(description=__doc__):
         if f.metadata["section"]:
             group = parser.add_argument_group(f.metadata["section"])
         if f.type is bool:
-            group.add_argument(flag, action="store_true", help=help)
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=f.default,
+                               help=help)
             continue
         if f.default is not None:
             help += f" [{f.default}]"

@@ -145,6 +145,7 @@ def train(config, arm):
     if ranks()[1] > 1 or config.compile or config.checkpoint_activations:
         raise UserError(f"arm {arm} runs on one device, without torchrun, --compile and "
                         "--checkpoint-activations")
+    config.compile = False
     cdslm.train(config, functools.partial(ArmTrainer, arm), functools.partial(count_arm, arm))
 
 

@@ -25,7 +25,7 @@ def test_a_size_names_depth_width_and_windows(size):
     assert config.ctx_frames % config.patch_size == config.gen_frames % config.patch_size == 0
     assert config.ctx_frames == round(80 * config.ctx_seconds) and config.gen_frames == round(80 * config.gen_seconds)
     assert config.out == f"out/{size}"
-    assert not [name for name, value in vars(config).items() if value is None]
+    assert [name for name, value in vars(config).items() if value is None] == ["compile"]         # known with the device
 
 
 def test_large_sizes_are_the_papers():
