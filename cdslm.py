@@ -477,7 +477,7 @@ class MMDiT(nn.Module):
         super().__init__()
         d, token = config.width, config.patch_size * config.channels
         heads = max(1, d // 64)
-        self.config, self.patch_size = config, config.patch_size
+        self.config, self.patch_size, self.hears = config, config.patch_size, config.ctx_frames
         self.register_buffer("silence", torch.zeros(config.channels))     # set by Trainer
         self.enter_ctx = linear(token, d, "input", bias=True)
         self.enter_gen = linear(token, d, "input", bias=True)
@@ -566,7 +566,7 @@ def sample(model, context, frames=None, steps=STEPS, cfg=CFG, sampler="dpm", see
 
     windows = []
     for window in progress(range(-(-frames // config.gen_frames))):
-        ctx = ctx[:, -config.ctx_frames:]
+        ctx = ctx[:, -model.hears:]
         noise = torch.stack([keyed_noise(seed, f"sample {window}", item, shape, ctx.device)
                              for item in range(len(ctx))])
         windows.append(model.continuation(ctx, noise, steps, cfg, sampler))

@@ -93,10 +93,10 @@ def output_files(arguments):
     return [files]
 
 
-def contexts(arguments, config):
+def contexts(arguments, model):
     """The speech to continue: waves (num, N) that the model sees, and what comes before (M,). A
-    short prompt has silence before it."""
-    samples, prompt = config.ctx_frames * HOP, arguments.prompt
+    prompt shorter than a context has silence before it."""
+    samples, prompt = model.config.ctx_frames * HOP, arguments.prompt
     if prompt is None:
         examples = load(Path(arguments.runs[0]) / "autoencoder.pt")["examples"]
         chosen = torch.arange(arguments.num) % len(examples)
@@ -113,8 +113,8 @@ def contexts(arguments, config):
     wave = F.pad(wave, (max(0, samples - len(wave)), 0))
 
     # The end of the prompt is what is continued, so the incomplete frame is cut from its start.
-    wave = wave[len(wave) % HOP:]
-    return wave[-samples:].repeat(arguments.num, 1), wave[:-samples]
+    wave, heard = wave[len(wave) % HOP:], model.hears * HOP
+    return wave[-heard:].repeat(arguments.num, 1), wave[:-heard]
 
 
 def speak(arguments, run, waves, before, seconds, sample):
@@ -168,7 +168,7 @@ def main():
     place = files[0][0].parent
     runs = [load_run(run, arguments.device) for run in arguments.runs]
     config, model, autoencoder = runs[0]
-    waves, before = contexts(arguments, config)
+    waves, before = contexts(arguments, model)
     context_seconds = (len(before) + waves.shape[1]) / RATE
     seconds = arguments.seconds or config.gen_frames / FRAME_RATE
 

@@ -17,15 +17,16 @@ def anchored(seconds):
     def sample_anchored(model, context, frames=None, seed=0, progress=iter, **options):
         config, k = model.config, model.config.patch_size
         kept = round(seconds * FRAME_RATE / k) * k
-        newest = config.ctx_frames - kept
+        newest = model.hears - kept
         if kept < 1 or newest < k:
             raise UserError(f"--anchor {seconds:g} must be at least a token of {k} frames, and less"
-                            f" than the context of {config.ctx_seconds:g} s")
+                            f" than the {model.hears / FRAME_RATE:g} s that the model hears")
         frames = frames or config.gen_frames
+        says = config.ctx_frames + config.gen_frames - model.hears            # frames at once
         made = heard = context
-        for window in progress(range(-(-frames // config.gen_frames))):
+        for window in progress(range(-(-frames // says))):
             own = keyed(seed, "anchor", window) if window else seed
-            x0 = sample(model, heard, config.gen_frames, seed=own, **options)
+            x0 = sample(model, heard, says, seed=own, **options)
             made = torch.cat([made, x0], dim=1)
             heard = torch.cat([context[:, -kept:], made[:, -newest:]], dim=1)
         return made[:, context.shape[1]:][:, :frames]

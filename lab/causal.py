@@ -6,6 +6,9 @@ transformer, the trunk; a head on it makes the next position, of codes (B) or of
 Both are asked for the same: model(codes or frames) -> what is known after each position;
 `loss` in training, `errors` in validation, `continuation` in generating.
 
+They hear more than a context. In training, every position of a window hears all that is before it;
+so in generating, a window is filled, and the newest two thirds of it begin the next one.
+
 Symbols:  P positions    K codes a position    G codes a slot (lab/tokens.py)    d width
 """
 import functools
@@ -27,6 +30,12 @@ HISTORY_NOISE = 0.3                       # its largest standard deviation
 
 # --------------------------------------------------------------------------------------------------
 # 1. The trunk.
+
+def reach(config):
+    """Frames of a window, and how many of them the next window begins with."""
+    window = config.ctx_frames + config.gen_frames
+    return window, window - max(1, round(window / 3 / config.patch_size)) * config.patch_size
+
 
 def norm(x):
     """Layer normalisation without weights."""
@@ -164,6 +173,7 @@ class CodeModel(nn.Module):
         super().__init__()
         per_position = codes_per_position(config, kind)
         self.config, self.patch_size = config, config.patch_size
+        self.window, self.hears = reach(config)
         self.given = config.ctx_frames // config.patch_size   # positions of a context
         self.register_buffer("silence", torch.zeros(config.channels))
         self.register_buffer("tokeniser_mark", torch.tensor(0))
@@ -213,6 +223,8 @@ class CodeModel(nn.Module):
             drawn = self.head.draw(h[:, -1], part, self.temperature)
             drawn = drawn[:, None]                                            # (B, 1, K)
             codes = torch.cat([codes, drawn], dim=1)
+            if past[0][0].shape[2] + 1 == self.window // self.patch_size:     # it is full
+                drawn, past = codes[:, -self.hears // self.patch_size:], None
             h, past = self(drawn, past)
         frames = self.tokeniser.decode(codes)
         return frames[:, ctx.shape[1]:]
@@ -264,6 +276,7 @@ class FrameModel(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config, self.patch_size = config, config.patch_size
+        self.window, self.hears = reach(config)
         self.given = config.ctx_frames // config.patch_size   # positions of a context
         self.register_buffer("silence", torch.zeros(config.channels))
         self.enter = linear(config.patch_size * config.channels, config.width, "input", bias=True)
@@ -317,7 +330,7 @@ class FrameModel(nn.Module):
         if cfg != 1:
             contexts = torch.cat([ctx, self.silence.expand_as(ctx)])
         h, past = self(contexts)
-        frames = []
+        frames, heard = [], contexts
         for eps in noise.split(self.patch_size, dim=1):
             known = h[:count, -1]                                             # (B, d)
             self.head.silence = h[count:, -1]
@@ -325,6 +338,10 @@ class FrameModel(nn.Module):
             x0 = SOLVERS[sampler](predict, eps, levels(self.config, steps))   # (B, k, C)
             frames.append(x0)
             x0 = x0.repeat(len(contexts) // count, 1, 1)      # guided: also after silence
+            heard = torch.cat([heard, x0], dim=1)
+            if heard.shape[1] == self.window:                 # it is full
+                x0, past = heard[:, -self.hears:], None
+                heard = x0
             h, past = self(x0, past)
         return torch.cat(frames, dim=1)
 

@@ -398,7 +398,7 @@ def judge(arguments):
                         "--toy-grammar topics --out out/topics")
     config, model, autoencoder = load_run(arguments.run, arguments.device)
     toy, listener, device = toy_speech(config), load_listener(), autoencoder.mel_stats.device
-    prompt = max(round(PROMPT * FRAME_RATE), config.ctx_frames)
+    prompt = max(round(PROMPT * FRAME_RATE), model.hears)
     frames = round(arguments.seconds * FRAME_RATE)
 
     def talk(number):
@@ -423,7 +423,7 @@ def judge(arguments):
     timed = {name: over_time(toy, side) for name, side in sides.items()}
     sides |= texts(toy, arguments.seconds)
     found = {name: figures(toy, side) for name, side in sides.items()}
-    window = config.ctx_frames, config.gen_frames
+    window = model.hears, config.ctx_frames + config.gen_frames - model.hears
     found["window"] = figures(toy, sides["text"], window)
     return vars(arguments) | {"figures": found, "over_time": timed}
 

@@ -19,7 +19,7 @@ def listening(heard):
 
 def test_every_window_hears_the_end_of_the_prompt(small, monkeypatch):
     config = small(ctx_seconds=0.4, gen_seconds=0.2, patch_size=K)
-    model = type("Model", (), {"config": config})()
+    model = type("Model", (), {"config": config, "hears": config.ctx_frames})()
     prompt, heard = torch.arange(100.0)[None, :, None], []
     monkeypatch.setattr("lab.anchor.sample", listening(heard))
     made = anchored(0.1)(model, prompt, frames=44, seed=5)
@@ -33,7 +33,7 @@ def test_every_window_hears_the_end_of_the_prompt(small, monkeypatch):
 
 def test_no_anchor_changes_nothing_and_a_long_one_is_refused(small):
     assert anchored(0) is cdslm.sample
-    model = type("Model", (), {"config": small(ctx_seconds=0.4, patch_size=K)})()
+    model = type("Model", (), {"config": small(ctx_seconds=0.4, patch_size=K), "hears": 32})()
     for seconds in (0.4, 9, 0.01, -1):
         with pytest.raises(UserError, match="--anchor"):
             anchored(seconds)(model, torch.zeros(1, 32, 1))

@@ -17,6 +17,7 @@ class Oracle:
 
     def __init__(self, config):
         self.config, self.silence, self.calls = config, torch.zeros(config.channels), []
+        self.hears = config.ctx_frames
 
     def __call__(self, xt, phi, ctx, guess=None):
         self.calls.append(SimpleNamespace(xt=xt, phi=phi, ctx=ctx, guess=guess))
