@@ -1193,7 +1193,8 @@ def load_audio(path):
 def save_audio(path, wave):
     """Write (N,) samples at 24 kHz as a 16-bit WAV. Samples above full scale turn all down."""
     wave = wave.detach().float().cpu().numpy()
-    wave = wave / max(1.0, np.abs(wave).max(initial=0))
+    peak = max(wave.max(initial=0), -wave.min(initial=0))
+    wave = wave / peak if peak > 1 else wave                  # an hour need not be copied
     with replacing(path) as temporary:
         soundfile.write(temporary, wave, RATE, format="WAV", subtype="PCM_16")
 

@@ -36,7 +36,8 @@ LOW_FLOOR = 0.06                       # bits: at most so high, `corrected` is r
 BLOCKS = 20                            # of the jackknife
 SPLITS = 20                            # of the reference
 SIDES = "generated", "reference", "true"
-FIGURES = "pjsd", "floor", "floor_sd", "excess", "normalized_excess", "corrected", "true"
+FIGURES = ("pjsd", "floor", "floor_sd", "excess", "normalized_excess", "corrected", "true",
+           "variety")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -107,13 +108,14 @@ def reach(variance, blocks):
 def compare_ngrams(n, corpora, lengths, phones, aside, splits):
     """The row of `compare` for one n: {figure: value}, with the two ends of the interval."""
     generated, reference, true = tabulate(n, *corpora)
-    rng, values = np.random.default_rng(0), []
+    rng, values, distinct = np.random.default_rng(0), [], []
     for _ in range(splits):
         held = draw(rng, lengths[1], aside)
         rest = reference(~held)
         sides = (generated(draw(rng, lengths[0], phones)), reference(held),
                  true(draw(rng, lengths[2], phones)))
         values.append([jsd(side, rest) for side in sides])
+        distinct.append([np.count_nonzero(side) for side in sides])
     value, floor, ceiling = np.mean(values, axis=0)
 
     counts = len(corpora[0]), len(corpora[1])
@@ -121,11 +123,12 @@ def compare_ngrams(n, corpora, lengths, phones, aside, splits):
     bias, variance = (jackknife(generated, all_reference, counts[0])
                       + jackknife(reference, all_generated, counts[1]))
     half = reach(variance, min(BLOCKS, *counts))
+    said, real, _ = np.mean(distinct, axis=0)
     return {
         "pjsd": value, "floor": floor, "floor_sd": np.std(values, 0)[1], "true": ceiling,
         "excess": value - floor,
         "normalized_excess": (value - floor) / (1 - floor) if floor < 0.999 else math.nan,
-        "corrected": jsd(all_generated, all_reference) - bias,
+        "corrected": jsd(all_generated, all_reference) - bias, "variety": said / max(1, real),
         "interval": tuple(np.clip([value - half, value + half], 0, 1).tolist())}
 
 
@@ -138,6 +141,7 @@ def compare(generated, reference, true=(), splits=SPLITS):
     floor, means over splits; `true` continuations are treated like the generated. The 95 % interval
     is for what so much speech gives on average, both corpora jackknifed; `corrected` is without
     most of the bias, by the same jackknife (it tests better than Miller & Madow's correction).
+    `variety` is how many distinct n-grams were generated, relative to as much real speech.
     `enough` is how many times as much speech each n needs for its floor to be low."""
     corpora = generated, reference, true
     lengths = [np.array([len(clip) for clip in corpus], int) for corpus in corpora]

@@ -105,7 +105,8 @@ def diffusers_blocks(config):
     blocks = nn.ModuleList()
     for i in range(config.depth):
         last = i == config.depth - 1
-        blocks.append(JointTransformerBlock(config.width, config.width // 64, 64, last))
+        blocks.append(JointTransformerBlock(
+            config.width, config.width // 64, 64, last, qk_norm="rms_norm"))
 
     def run(ctx, gen, c):
         for block in blocks:
@@ -119,7 +120,7 @@ def mmdit_blocks(config):
     from mmdit.mmdit_pytorch import MMDiT as Peer
     d = config.width
     model = Peer(depth=config.depth, dim_image=d, dim_text=d, dim_cond=d, heads=d // 64,
-                 dim_head=64, num_residual_streams=1, final_norm=False)
+                 dim_head=64, num_residual_streams=1, qk_rmsnorm=True, final_norm=False)
 
     def run(ctx, gen, c):
         _, gen = model(text_tokens=ctx, image_tokens=gen, time_cond=c)
@@ -127,9 +128,10 @@ def mmdit_blocks(config):
     return model, run
 
 
-def blocks_step(config, make):
+def blocks_step(config, make, compiled=False):
     """A function that runs such blocks forward and backward on a batch of the config's shape."""
     module, run = make(config)
+    run = torch.compile(run, dynamic=False) if compiled else run
     for parameter in module.parameters():                     # no gate is closed
         nn.init.normal_(parameter, std=0.02)
     batch, d = config.batch_size, config.width
@@ -158,7 +160,7 @@ def block_flops(config):
 
 
 def bench_step(quick, _):
-    """Blocks beside two packages, which have neither rotary positions nor normalised queries."""
+    """Blocks beside two packages. All normalise queries and keys; only ours have rotary positions."""
     makers = {"ours": our_blocks}
     try:
         import diffusers
@@ -187,7 +189,11 @@ def bench_step(quick, _):
             shape = shape | dict(batch_size=1)
         config = Config(size, **shape)
         work = {name: blocks_step(config, make) for name, make in makers.items()}
-        seconds = race(2 if quick else 9, product=products, **work)
+        torch._dynamo.reset()                                 # or it compiles for any shape
+        compiler = shutil.which("g++") and not quick
+        compiled = {f"{name}, compiled": blocks_step(config, make, compiled=True)
+                    for name, make in makers.items() if compiler}
+        seconds = race(2 if quick else 9, product=products, **work, **compiled)
         peak = product_flops / seconds.pop("product")
         rows = [(name, 1e3 * s, s / seconds["ours"], block_flops(config) / s / peak)
                 for name, s in seconds.items()]

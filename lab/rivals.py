@@ -2,11 +2,13 @@
 
     python -m lab.rivals --out runs/rivals               some hours on one core
     python -m lab.rivals --out runs/rivals --seed 1      one seed: processes may share the work
+    python -m lab.rivals --frontier                      judges what is there, with other guidance
     python -m lab.rivals --table                         trains nothing: prints the results
 
 Every arm of lab/autoregressive.py is trained on the same toy speech with the same FLOPs, and judged
 by the same programs, each in a process of its own. The same command goes on where it stopped.
-Results are kept in lab/results/rivals.csv.
+Results are kept in lab/results/rivals.csv, those of --frontier in lab/results/frontiers.csv:
+guidance (A, C) and temperature (B) trade variety for correctness.
 """
 import json
 import math
@@ -22,7 +24,10 @@ from lab.study import chosen_seeds, read_rows, spread, write_rows
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "lab" / "results" / "rivals.csv"
+FRONTIERS = ROOT / "lab" / "results" / "frontiers.csv"
 ARMS, BUDGETS = ("A", "B", "C"), (2e13, 8e13)
+DIALS = {"A": ("--cfg", (1, 1.5, 2, 3)), "B": ("--temperature", (0.7, 0.8, 0.9, 1)),
+         "C": ("--cfg", (1, 1.5, 2, 3))}
 # Times the default learning rates, what was best for each arm with 1e13 FLOPs on the default toy
 # languages (docs/rival.md). The study has other languages.
 RATES = {"A": 2, "B": 8, "C": 1}
@@ -79,6 +84,38 @@ def add(row):
     write_rows(RESULTS, rows)
 
 
+def frontier(out, seeds):
+    """Judge the runs of the largest budget with other guidance or temperature, and print a table.
+    A judged point is not judged again."""
+    rows = read_rows(FRONTIERS)
+    done = {(row["arm"], row["seed"], row["dial"]) for row in rows}
+    for seed in seeds:
+        for arm, (flag, values) in DIALS.items():
+            folder = out / f"{arm}-{BUDGETS[-1]:g}-{seed}"
+            for value in values:
+                if not folder.exists() or (arm, str(seed), f"{value:g}") in done:
+                    continue
+                path = folder / f"judged{flag}-{value:g}.json"
+                python("lab.autoregressive", "eval_pjsd", str(folder), flag, f"{value:g}",
+                       "--json", str(path))
+                report = json.loads(path.read_text())
+                rows.append({
+                    "arm": arm, "seed": str(seed), "dial": f"{value:g}",
+                    "word_rate": f"{report['toy']['word_rate']['value']:.4g}",
+                    "runs_3": f"{report['toy']['runs_3']['value']:.4g}",
+                    "pjsd_3": f"{report['pjsd'][2]:.4g}", "variety_5": f"{report['variety'][4]:.4g}"})
+                write_rows(FRONTIERS, rows)
+
+    print("| arm | guidance or temperature | words | in 3 or more | pJSD₃ | distinct 5-grams |")
+    print("|---" * 6 + "|")
+    for arm, (_, values) in DIALS.items():
+        for value in values:
+            found = [row for row in rows if (row["arm"], row["dial"]) == (arm, f"{value:g}")]
+            cells = [spread([float(row[name]) for row in found], 3)
+                     for name in ("word_rate", "runs_3", "pjsd_3", "variety_5")]
+            print(f"| {arm} | {value:g} | {' | '.join(cells)} |")
+
+
 def table():
     """Print means over seeds, ± half of the distance between the outermost, in Markdown."""
     done = read_rows(RESULTS)
@@ -118,9 +155,13 @@ def main():
     parser = Parser(__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/rivals"), help="folder for the runs")
     parser.add_argument("--seed", type=int, help="train this seed alone [0, 1 and 2]")
+    parser.add_argument("--frontier", action="store_true",
+                        help="judge the largest runs with other guidance or temperature")
     parser.add_argument("--table", action="store_true", help="print the results that are there")
     arguments = parser.parse_args()
     seeds = chosen_seeds(arguments.seed)
+    if arguments.frontier:
+        return frontier(arguments.out.resolve(), seeds)
 
     finished = {(row["arm"], float(row["flops"]), int(row["seed"])) for row in read_rows(RESULTS)}
     grid = [(arm, flops, seed) for seed in seeds for flops in BUDGETS for arm in ARMS]

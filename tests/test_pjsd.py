@@ -145,6 +145,13 @@ def test_floor_is_where_real_speech_lands():
     assert far["normalized_excess"][1] == pytest.approx(far["excess"][1] / (1 - far["floor"][1]))
 
 
+def test_variety_sees_who_repeats_himself():
+    real = write(3, 12, 0)
+    again = judge.compare(write(4, 1, 0) * 4, real)["variety"]
+    other = judge.compare(write(4, 4, 0), real)["variety"]
+    assert again[4] < 0.6 * other[4] and other == pytest.approx([1] * 5, abs=0.2)
+
+
 def test_the_generated_is_thinned_when_the_reference_is_small():
     a, b = write(6, 8, 0), write(7, 2, 0)
     row = judge.compare(a, b)

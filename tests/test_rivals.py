@@ -1,5 +1,6 @@
 """The study of the arms: what is run, what is kept, what is said of it."""
 import json
+from pathlib import Path
 
 import pytest
 
@@ -12,10 +13,15 @@ def study(tmp_path, monkeypatch):
     """Programs that leave what the real ones leave; the words they were called with."""
     called = []
     monkeypatch.setattr(rivals, "RESULTS", tmp_path / "rivals.csv")
+    monkeypatch.setattr(rivals, "FRONTIERS", tmp_path / "frontiers.csv")
 
     def python(*words):
         called.append(words)
-        if words[0] == "lab.autoregressive":
+        if "--json" in words:
+            toy = {name: {"value": 0.25} for name in rivals.KEPT}
+            report = {"toy": toy, "pjsd": [0.1, 0.2, 0.3], "variety": [1, 1, 1, 1, 0.9]}
+            Path(words[-1]).write_text(json.dumps(report))
+        elif words[0] == "lab.autoregressive":
             folder = tmp_path / "out" / words[words.index("--out") + 1].split("/")[-1]
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "autoencoder.pt").write_text(words[2])
@@ -66,6 +72,21 @@ def test_how_many_times_the_flops():
             dict(arm="C", flops="2e13", word_rate="0.4"), dict(arm="B", flops="8e13", word_rate="0.9")]
     assert rivals.multipliers(rows) == {"C": pytest.approx(4)}
     assert rivals.multipliers(rows[1:]) == {}
+
+
+def test_each_point_of_a_frontier_is_judged_once(study, monkeypatch, capsys):
+    called, out = study
+    monkeypatch.setattr("sys.argv", ["rivals", "--frontier", "--out", str(out)])
+    rivals.frontier(out, [0])                                 # nothing is trained yet
+    for arm in "AB":
+        rivals.run(out, arm, 8e13, 0)
+    called.clear()
+    rivals.main()
+    assert len(called) == 8 and ("--temperature", "0.7") in set(zip(called[4], called[4][1:]))
+    said = capsys.readouterr().out
+    assert "| B | 0.9 | 0.250 | 0.250 | 0.300 | 0.900 |" in said and "| C | 1 |  |  |  |  |" in said
+    rivals.main()
+    assert len(called) == 8
 
 
 def test_bad_input(study, monkeypatch):
