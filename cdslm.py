@@ -562,9 +562,7 @@ def sample(model, context, frames=None, steps=STEPS, cfg=CFG, sampler="dpm", see
     silence = model.silence.float().expand(len(ctx), missing, -1)
     ctx = torch.cat([silence, ctx], dim=1)                    # silence before a short context
     frames = frames or config.gen_frames
-    shape = config.gen_frames, config.channels
-
-    windows = []
+    shape, windows = (config.gen_frames, config.channels), []
     for window in progress(range(-(-frames // config.gen_frames))):
         ctx = ctx[:, -model.hears:]
         noise = torch.stack([keyed_noise(seed, f"sample {window}", item, shape, ctx.device)
@@ -762,7 +760,9 @@ class OneDevice:
         self.device, self.dtype = torch.device(device), dtype
         # Skips updates that are not finite; and in float16, whose range is small, scales losses.
         scale, interval = (2.0 ** 16, 2000) if dtype == torch.float16 else (1.0, 2 ** 31 - 1)
-        self.scaler = torch.amp.GradScaler(self.device.type, scale, growth_interval=interval)
+        self.scaler = torch.amp.GradScaler(
+            self.device.type, scale, growth_interval=interval,
+            enabled=self.device.type != "mps" or scale > 1)
 
     def place(self, tensor):
         """A CPU's tensor on this device. Other copies than to CUDA must wait: memory is reused."""
@@ -820,16 +820,17 @@ def training_step(network, ema, optimizers, diffusion, config, step, batches, ha
             hardware.scaler.scale(loss * hardware.ranks).backward()   # the exchange takes the mean
         total += loss.detach()
     total = hardware.total(total)
-
     for optimizer in optimizers:
         hardware.scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(network.parameters(), config.clip)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm       # of FSDP2's shards
 
+    finite = hardware.scaler.is_enabled() or math.isfinite(norm)              # none on MPS
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * lr_factor(config, step)
-        hardware.scaler.step(optimizer)
+        if finite:
+            hardware.scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
     hardware.scaler.update()                                  # smaller after a step that overflowed
 
