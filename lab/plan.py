@@ -17,8 +17,10 @@ from cdslm import (LAUNCHED, STEPS, Config, Diffusion, MMDiT, UserError, autocas
                    cli, config_parser, count, decide, is_guided, levels, make_optimizers, ranks,
                    role, to_config)
 
-# Bytes per token and channel that a block keeps for the backward pass.
+# Bytes per token and channel that a block keeps for the backward pass, without attention's scores.
+# CUDA's autocast keeps 63: it normalises in float32.
 KEPT = {torch.float32: 92, torch.bfloat16: 58, torch.float16: 58}
+KEPT_ON_CUDA = KEPT | {torch.bfloat16: 63, torch.float16: 63}
 WARM, TRIAL = 10, 40                  # the speed of a run is measured between these steps
 
 
@@ -49,7 +51,8 @@ def memory(config, devices, device, dtype):
     frames = config.ctx_frames + config.gen_frames
     tokens, heads = frames // config.patch_size, model.blocks[0].heads
     scores = item * heads * tokens if device.type == "cpu" else 0
-    block = windows * tokens * (KEPT[dtype] * config.width + scores)
+    kept = KEPT_ON_CUDA if device.type == "cuda" else KEPT
+    block = windows * tokens * (kept[dtype] * config.width + scores)
     ends = windows * frames * config.channels * 4 * 8         # speech, noise, prediction and others
     ends += block // 2                                        # gradients on their way
     recomputed = windows * tokens * config.width * item * config.depth + block + ends
@@ -70,7 +73,7 @@ def afford(config, device, dtype):
     """Raise UserError if a device can't hold its part of the run."""
     need = memory(config, ranks()[1], device, dtype)
     if device.type == "cuda":
-        there = torch.cuda.mem_get_info(device)[1]
+        there = 0.9 * torch.cuda.mem_get_info(device)[0]      # free; some is lost in fragments
     elif hasattr(os, "sysconf"):
         there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     else:
@@ -81,7 +84,7 @@ def afford(config, device, dtype):
     if total > there / 2 ** 30:
         parts = ", ".join(f"{name} {need[name]:.3g}" for name in list(need)[:4])
         raise UserError(f"--size {config.size} needs {total:.3g} GiB on each device ({parts}), and "
-                        f"this one has {there / 2 ** 30:.3g}; see --dry-run with --devices, "
+                        f"this one has {there / 2 ** 30:.3g} for it; see --dry-run with --devices, "
                         "--parallel fsdp, --micro-batch")
 
 

@@ -143,3 +143,15 @@ def test_memory_is_as_foretold_within_a_quarter(size, dtype, more):
     print(f"\n{size} {dtype} {' '.join(more)}: {measured:.3f} GiB measured, {foretold:.3f} foretold "
           f"({foretold / measured - 1:+.0%})")
     assert foretold == pytest.approx(measured, rel=0.25)
+
+
+@pytest.mark.parametrize("share, fits", [(0.95, False), (1.2, True)])
+def test_a_gpu_may_be_used_by_others(monkeypatch, small, share, fits):
+    """What counts is the memory that is free, less a tenth; and CUDA keeps more than a CPU, but for the scores."""
+    config, cuda = small(), torch.device("cuda")
+    need = plan.memory(config, 1, cuda, torch.bfloat16)["total"] * 2 ** 30
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(share * need), 100 * int(need)))
+    if fits:
+        return plan.afford(config, cuda, torch.bfloat16)
+    with pytest.raises(UserError, match="for it"):
+        plan.afford(config, cuda, torch.bfloat16)

@@ -515,9 +515,11 @@ def test_an_output_folder_gets_files_with_names(trained, tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.glob("*.wav")) == [f"continued-{i}.wav" for i in (1, 2, 3)]
 
 
-@pytest.mark.parametrize("version, found", [(None, True), ("12.6", False)])
-def test_a_gpu_that_this_torch_cannot_use_is_noted(small, monkeypatch, capsys, version, found):
+@pytest.mark.parametrize("version, asked, why", [
+    (None, "auto", "built without CUDA"), ("13.0", "auto", "needs a driver for CUDA 13.0"), (None, "cpu", "")])
+def test_a_gpu_that_this_torch_cannot_use_is_noted(small, monkeypatch, capsys, version, asked, why):
     monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
     monkeypatch.setattr(torch.version, "cuda", version)
-    cdslm.announce(small(), torch.device("cpu"), torch.float32)
-    assert ("built without CUDA" in capsys.readouterr().out) == found
+    cdslm.announce(small(device=asked), torch.device("cpu"), torch.float32)
+    said = capsys.readouterr().out
+    assert why in said and ("note:" in said) == bool(why)
