@@ -12,17 +12,13 @@ guidance (A, C) and temperature (B) trade variety for correctness.
 """
 import json
 import math
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 
-from cdslm import Parser, UserError, cli
-from lab.study import chosen_seeds, read_rows, spread, write_rows
+from cdslm import Parser, cli
+from lab.study import ROOT, adopt_decoder, chosen_seeds, python, read_rows, spread, write_rows
 
-ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "lab" / "results" / "rivals.csv"
 FRONTIERS = ROOT / "lab" / "results" / "frontiers.csv"
 ARMS, BUDGETS = ("A", "B", "C"), (2e13, 8e13)
@@ -41,22 +37,10 @@ MEASURES |= {f"pjsd_{n}": ("judged.json", "pjsd", n - 1) for n in (1, 2, 3)}
 MEASURES |= {kind: ("pairs.json", kind, "accuracy") for kind in ("word", "place", "order")}
 
 
-def python(*words):
-    """Run a program of this repository. Raises UserError if it fails."""
-    status = subprocess.run([sys.executable, "-m", *words], cwd=ROOT).returncode
-    if status:
-        raise UserError(f"{' '.join(words)} stopped with status {status}")
-
-
 def run(out, arm, flops, seed):
     """Train one model and judge it, as far as that is not done yet. Returns its row."""
     folder = out / f"{arm}-{flops:g}-{seed}"
-    # Of a seed, all runs have the same sound decoder.
-    trained = sorted(out.glob(f"*-{seed}/autoencoder.pt"))
-    if trained and not folder.exists():
-        folder.mkdir()
-        shutil.copy(trained[0], folder)
-
+    adopt_decoder(out, folder, seed)
     flags = f"{FLAGS} --lr {1e-3 * RATES[arm]} --muon-lr {0.02 * RATES[arm]} --seed {seed}"
     python("lab.autoregressive", "--arm", arm, "--flops", f"{flops:g}", "--out", str(folder),
            *flags.split())

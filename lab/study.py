@@ -1,9 +1,28 @@
-"""study: what studies of many runs share: their table of results, their seeds, the mean of some."""
+"""study: what studies of many runs share: programs they run, results, seeds, the mean of some."""
 import csv
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 from cdslm import UserError, replacing
 
-SEEDS = 0, 1, 2
+ROOT, SEEDS = Path(__file__).parent.parent, (0, 1, 2)
+
+
+def python(*words):
+    """Run a program of this repository. Raises UserError if it fails."""
+    status = subprocess.run([sys.executable, "-m", *words], cwd=ROOT).returncode
+    if status:
+        raise UserError(f"{' '.join(words)} stopped with status {status}")
+
+
+def adopt_decoder(out, folder, seed):
+    """Give a new run folder the sound decoder of the seed's first run in `out`, if there is one."""
+    trained = sorted(out.glob(f"*-{seed}/autoencoder.pt"))
+    if trained and not folder.exists():
+        folder.mkdir()
+        shutil.copy(trained[0], folder)
 
 
 def read_rows(path):

@@ -6,6 +6,7 @@ import pytest
 
 from cdslm import UserError
 from lab import rivals
+from lab.study import python as study_python
 
 
 @pytest.fixture
@@ -97,4 +98,4 @@ def test_bad_input(study, monkeypatch):
 
 def test_a_program_that_fails_is_named():
     with pytest.raises(UserError, match="eval_pjsd --nonsense stopped with status 2"):
-        rivals.python("eval_pjsd", "--nonsense")
+        study_python("eval_pjsd", "--nonsense")
