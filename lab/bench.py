@@ -160,7 +160,7 @@ def block_flops(config):
 
 
 def bench_step(quick, _):
-    """Blocks beside two packages. All normalise queries and keys; only ours have rotary positions."""
+    """Blocks beside two packages. All normalise queries and keys; ours also rotate them."""
     makers = {"ours": our_blocks}
     try:
         import diffusers

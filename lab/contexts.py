@@ -3,11 +3,13 @@
     python -m lab.contexts --out runs/contexts        an hour on one core, or more
     python -m lab.contexts --plot contexts.png        trains nothing: draws the results
 
-Arm C (lab/autoregressive.py) learns the conversations of lab/topics.py with windows from 1.5 to 24
+Arm C (lab/autoregressive.py) learns the conversations of lab/topics.py with windows from 3 to 24
 seconds and the same FLOPs, and lab/coherence.py asks what it remembers. A window is heard to two
-thirds when it continues itself. Beside it stand arm B and cdslm itself (A). The same command goes
-on where it stopped. Results are kept in lab/results/contexts.csv.
+thirds when it continues itself. In training a lesson is a position after the context: with a long
+context every lesson has a long past. Beside C stand arm B and cdslm itself (A). The same command
+goes on where it stopped. Results are kept in lab/results/contexts.csv.
 """
+import itertools
 import json
 from pathlib import Path
 
@@ -17,36 +19,39 @@ from lab.study import ROOT, adopt_decoder, chosen_seeds, python, read_rows, spre
 RESULTS = ROOT / "lab" / "results" / "contexts.csv"
 FLOPS = 8e13                          # what the first command takes
 FLAGS = "--toy-grammar topics --toy-languages 1"
-# {(arm, seconds of a window): flags}. Batches hold as many seconds, about.
+# {(arm, seconds of context, of continuation): more flags}. Batches of C hold as many seconds.
 RUNS = {
-    ("C", 1.5): "--ctx-seconds 0.5 --gen-seconds 1 --batch-size 40",
-    ("C", 3): "--ctx-seconds 1 --gen-seconds 2 --batch-size 20",
-    ("C", 6): "--ctx-seconds 1 --gen-seconds 5 --batch-size 10",
-    ("C", 12): "--ctx-seconds 1 --gen-seconds 11 --batch-size 5",
-    ("C", 24): "--ctx-seconds 1 --gen-seconds 23 --batch-size 3",
-    ("B", 12): "--ctx-seconds 1 --gen-seconds 11 --batch-size 5 --lr 8e-3 --muon-lr 0.16",
-    ("A", 4): "",
-    ("A", 12): "--ctx-seconds 4 --gen-seconds 8 --batch-size 12 --lr 2e-3 --muon-lr 0.04",
+    ("C", 1, 2): "--batch-size 20",
+    ("C", 1, 5): "--batch-size 10",
+    ("C", 1, 11): "--batch-size 5",
+    ("C", 1, 23): "--batch-size 3",
+    ("C", 4, 8): "--batch-size 5",
+    ("C", 8, 8): "--batch-size 4",
+    ("B", 4, 8): "--batch-size 5 --lr 8e-3 --muon-lr 0.16",
+    ("A", 4, 8): "--batch-size 12 --lr 2e-3 --muon-lr 0.04",
+    ("A", 1, 3): "",
 }
-REPEATED = ("C", 12)                  # with three seeds
+REPEATED = ("C", 4, 8)                # with three seeds
+COLOURS = {"C": "tab:blue", "B": "tab:orange", "A": "tab:green"}
 MEASURES = {                          # column: its name in the report
     "first": "topic after prompt", "topic_1": "topic, 1 later", "topic_10": "topic, 10 later",
     "half_life": "half-life, s", "whole": "whole phrases", "closers": "closers agree",
     "replies": "replies answer", "voice": "voice comes back"}
 
 
-def run(out, arm, window, seed):
+def run(out, arm, ctx, gen, seed):
     """Train one model and judge it, as far as that is not done yet. Returns its row."""
-    folder = out / f"{arm}-{window:g}-{seed}"
+    folder = out / f"{arm}-{ctx}-{gen}-{seed}"
     adopt_decoder(out, folder, seed)
     python("lab.autoregressive", "--arm", arm, "--flops", f"{FLOPS:g}", "--out", str(folder),
-           "--seed", str(seed), *FLAGS.split(), *RUNS[arm, window].split())
+           "--ctx-seconds", str(ctx), "--gen-seconds", str(gen), "--seed", str(seed),
+           *FLAGS.split(), *RUNS[arm, ctx, gen].split())
     if not (folder / "coherence.json").exists():
         python("lab.coherence", str(folder))
 
     last = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
-    row = {"arm": arm, "window": f"{window:g}", "seed": str(seed), "steps": last["step"],
-           "flops": f"{last['flops']:.3g}"}
+    row = {"arm": arm, "ctx": str(ctx), "gen": str(gen), "seed": str(seed),
+           "steps": last["step"], "flops": f"{last['flops']:.3g}"}
     figures = json.loads((folder / "coherence.json").read_text())["figures"]
     for column, name in MEASURES.items():
         found = figures["generated"][name]
@@ -59,18 +64,20 @@ def run(out, arm, window, seed):
 
 def table(rows):
     """Print the results in Markdown, means of seeds."""
-    print(f"| arm | window, s | seeds | steps | {' | '.join(MEASURES.values())} |")
+    print(f"| arm | context + continuation | seeds | steps | {' | '.join(MEASURES.values())} |")
     print("|---" * (4 + len(MEASURES)) + "|")
-    for arm, window in RUNS:
-        found = [row for row in rows if (row["arm"], float(row["window"])) == (arm, window)]
+    for key in RUNS:
+        found = [row for row in rows if (row["arm"], int(row["ctx"]), int(row["gen"])) == key]
         if found:
+            arm, ctx, gen = key
             cells = [spread([float(row[column]) for row in found], 2) for column in MEASURES]
-            print(f"| {arm} | {window:g} | {len(found)} | {found[0]['steps']} | "
+            print(f"| {arm} | {ctx} + {gen} s | {len(found)} | {found[0]['steps']} | "
                   f"{' | '.join(cells)} |")
 
 
 def draw(rows, path):
-    """Draw half-life and agreement of closers against the seconds of a window."""
+    """Draw half-life and agreement of closers against the seconds of a window. Filled: with a
+    context of 4 s or more every lesson has a long past."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -79,27 +86,32 @@ def draw(rows, path):
     left, right = figure.subplots(1, 2, sharex=True)
     for panel, column, title in ((left, "half_life", "half-life of the topic, s"),
                                  (right, "closers", "closers that agree")):
-        for arm, colour in (("C", "tab:blue"), ("B", "tab:orange"), ("A", "tab:green")):
-            found = [row for row in rows if row["arm"] == arm]
-            windows = [float(row["window"]) for row in found]
+        for (arm, colour), far in itertools.product(COLOURS.items(), (False, True)):
+            found = [row for row in rows if row["arm"] == arm and (int(row["ctx"]) > 1) == far]
+            if not found:
+                continue
+            windows = [int(row["ctx"]) + int(row["gen"]) for row in found]
             values = [float(row[column]) for row in found]
             below = [v - float(row[column + "_low"]) for v, row in zip(values, found)]
             above = [float(row[column + "_high"]) - v for v, row in zip(values, found)]
             panel.errorbar(windows, values, (below, above), fmt="o", color=colour, capsize=3,
-                           label=f"arm {arm}")
+                           fillstyle="full" if far else "none",
+                           label=f"{arm}, context of {'4 s or more' if far else '1 s'}")
         panel.set(xscale="log", xlabel=f"seconds of a window ({FLOPS:g} FLOPs each)", title=title)
-        panel.set_xticks([1.5, 3, 6, 12, 24], ["1.5", "3", "6", "12", "24"], minor=False)
+        panel.set_xticks([3, 6, 12, 24], ["3", "6", "12", "24"], minor=False)
         panel.minorticks_off()
 
     # What somebody could reach who knows the grammar, but has such a window; and true speech.
-    known = sorted((float(row["window"]), float(row["half_life_window"]))
+    known = sorted((int(row["ctx"]) + int(row["gen"]), float(row["half_life_window"]))
                    for row in rows if row["arm"] == "C" and row["seed"] == "0")
     left.plot(*zip(*known), color="0.7", linestyle="--", label="what windows of C allow")
     left.axhline(float(rows[0]["half_life_true"]), color="0.5", label="true speech")
-    left.set_yscale("log")
-    right.axhline(0.25, color="0.7", linestyle=":", label="chance")
+    left.set(yscale="log", ylim=(0.9, 45))
+    left.set_yticks([1, 3, 10, 30], ["1", "3", "10", "30"])
+    right.set_ylim(0, 1)
+    chance = right.axhline(0.25, color="0.7", linestyle=":", label="chance")
     left.legend(frameon=False, fontsize="small")
-    right.legend(frameon=False, fontsize="small")
+    right.legend(handles=[chance], frameon=False, fontsize="small")
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
 
@@ -117,12 +129,12 @@ def main():
         if not rows:
             raise UserError(f"--plot: there are no results in {RESULTS}")
         return draw(rows, arguments.plot)
-    done = {(row["arm"], float(row["window"]), row["seed"]) for row in rows}
+    done = {(row["arm"], int(row["ctx"]), int(row["gen"]), int(row["seed"])) for row in rows}
     for seed in chosen_seeds(arguments.seed):
-        for arm, window in RUNS:
-            wanted = seed == 0 or (arm, window) == REPEATED
-            if wanted and (arm, float(window), str(seed)) not in done:
-                rows.append(run(arguments.out.resolve(), arm, window, seed))
+        for key in RUNS:
+            wanted = seed == 0 or key == REPEATED
+            if wanted and (*key, seed) not in done:
+                rows.append(run(arguments.out.resolve(), *key, seed))
                 write_rows(RESULTS, rows)
     table(rows)
 

@@ -87,7 +87,8 @@ def frontier(out, seeds):
                     "arm": arm, "seed": str(seed), "dial": f"{value:g}",
                     "word_rate": f"{report['toy']['word_rate']['value']:.4g}",
                     "runs_3": f"{report['toy']['runs_3']['value']:.4g}",
-                    "pjsd_3": f"{report['pjsd'][2]:.4g}", "variety_5": f"{report['variety'][4]:.4g}"})
+                    "pjsd_3": f"{report['pjsd'][2]:.4g}",
+                    "variety_5": f"{report['variety'][4]:.4g}"})
                 write_rows(FRONTIERS, rows)
 
     print("| arm | guidance or temperature | words | in 3 or more | pJSD₃ | distinct 5-grams |")

@@ -34,9 +34,9 @@ def test_each_window_once_and_one_with_three_seeds(study, monkeypatch, capsys):
     contexts.main()
     assert len(called) == 2 * (len(contexts.RUNS) + 2)
     rows = contexts.read_rows(contexts.RESULTS)
-    assert [row["seed"] for row in rows if (row["arm"], row["window"]) == ("C", "12")] == ["0", "1", "2"]
+    assert [row["seed"] for row in rows if (row["arm"], row["ctx"], row["gen"]) == ("C", "4", "8")] == ["0", "1", "2"]
     assert rows[0]["half_life"] == "0.5" and rows[0]["half_life_high"] == "0.7" and rows[0]["flops"] == "7.9e+13"
-    assert "| C | 12 | 3 | 3 | 0.50 ± 0.00 |" in capsys.readouterr().out
+    assert "| C | 4 + 8 s | 3 | 3 | 0.50 ± 0.00 |" in capsys.readouterr().out
     contexts.main()                                           # nothing is left to do
     assert len(called) == 2 * (len(contexts.RUNS) + 2)
 
