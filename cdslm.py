@@ -564,7 +564,8 @@ def sample(model, context, frames=None, steps=STEPS, cfg=CFG, sampler="dpm", see
     frames = frames or config.gen_frames
     shape, windows = (config.gen_frames, config.channels), []
     for window in progress(range(-(-frames // config.gen_frames))):
-        ctx = ctx[:, -model.hears:]
+        tokens = min(model.hears, ctx.shape[1]) // config.patch_size
+        ctx = ctx[:, -tokens * config.patch_size:]            # the newest, as whole tokens
         noise = torch.stack([keyed_noise(seed, f"sample {window}", item, shape, ctx.device)
                              for item in range(len(ctx))])
         windows.append(model.continuation(ctx, noise, steps, cfg, sampler))
@@ -759,13 +760,12 @@ class OneDevice:
     def __init__(self, device="cpu", dtype=torch.float32):
         self.device, self.dtype = torch.device(device), dtype
         # Skips updates that are not finite; and in float16, whose range is small, scales losses.
-        scale, interval = (2.0 ** 16, 2000) if dtype == torch.float16 else (1.0, 2 ** 31 - 1)
-        self.scaler = torch.amp.GradScaler(
-            self.device.type, scale, growth_interval=interval,
-            enabled=self.device.type != "mps" or scale > 1)
+        self.half = dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(self.device.type, 2.0 ** 16 if self.half else 1.0,
+                                           enabled=self.half or self.device.type != "mps")
 
     def place(self, tensor):
-        """A CPU's tensor on this device. Other copies than to CUDA must wait: memory is reused."""
+        """Copy a CPU's tensor here; waiting, except for CUDA: its memory may be used again."""
         return tensor.to(self.device, non_blocking=self.device.type == "cuda")
 
     def micro_batches(self, config):
@@ -802,8 +802,8 @@ def training_step(network, ema, optimizers, diffusion, config, step, batches, ha
     """One update of the network, of its EMA and of the optimisers' state.
 
     `batches` iterates over micro-batches: ctx (b, Tc, C), x0 (b, Tg, C), eps like x0. Returns the
-    loss and the gradient norm, (2,), without waiting for the device to compute them. An optimiser
-    whose gradients are not finite changes no weight."""
+    loss and the gradient norm, (2,). A step whose gradients are not finite changes no weight.
+    With AdamW on CUDA, nothing here waits for the device."""
     self_condition = uniform(config.seed, "guess", step) < config.self_condition
     parts = hardware.micro_batches(config)
 
@@ -825,14 +825,15 @@ def training_step(network, ema, optimizers, diffusion, config, step, batches, ha
     norm = nn.utils.clip_grad_norm_(network.parameters(), config.clip)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm       # of FSDP2's shards
 
-    finite = hardware.scaler.is_enabled() or math.isfinite(norm)              # none on MPS
+    # The scaler skips one optimiser on the device. Two must skip the same steps: so we look.
+    finite = len(optimizers) == 1 and hardware.scaler.is_enabled() or math.isfinite(norm)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * lr_factor(config, step)
         if finite:
             hardware.scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
-    hardware.scaler.update()                                  # smaller after a step that overflowed
+    hardware.scaler.update(None if hardware.half else 1.0)    # smaller where float16 overflowed
 
     decay = min(config.ema, (1 + step) / (10 + step))         # at first it has a short memory
     with torch.no_grad():

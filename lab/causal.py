@@ -6,8 +6,8 @@ transformer, the trunk; a head on it makes the next position, of codes (B) or of
 Both are asked for the same: model(codes or frames) -> what is known after each position;
 `loss` in training, `errors` in validation, `continuation` in generating.
 
-They hear more than a context. In training, every position of a window hears all that is before it;
-so in generating, a window is filled, and the newest two thirds of it begin the next one.
+They may hear more than a context. In training, every position of a window hears all that is before
+it; so in generating, a window is filled, and the newest two thirds of it begin the next one.
 
 Symbols:  P positions    K codes a position    G codes a slot (lab/tokens.py)    d width
 """
@@ -34,7 +34,13 @@ HISTORY_NOISE = 0.3                       # its largest standard deviation
 def reach(config):
     """Frames of a window, and how many of them the next window begins with."""
     window = config.ctx_frames + config.gen_frames
-    return window, window - max(1, round(window / 3 / config.patch_size)) * config.patch_size
+    says = max(1, round(window / 3 / config.patch_size)) * config.patch_size
+    return window, max(config.ctx_frames, window - says)
+
+
+def is_full(model, past):
+    """Whether a window begins: there is none yet, or the next position would not fit into it."""
+    return past is None or (past[0][0].shape[2] + 1) * model.patch_size == model.window
 
 
 def norm(x):
@@ -218,14 +224,14 @@ class CodeModel(nn.Module):
         noise = noise.unflatten(1, (-1, self.patch_size)).flatten(2)          # (B, T/k, k C)
         noise = noise[..., :codes.shape[2]]                                   # (B, T/k, K)
         u = torch.special.ndtr(noise)                                         # uniform
-        h, past = self(codes)
+        past = None
         for part in u.unbind(1):
-            drawn = self.head.draw(h[:, -1], part, self.temperature)
-            drawn = drawn[:, None]                                            # (B, 1, K)
-            codes = torch.cat([codes, drawn], dim=1)
-            if past[0][0].shape[2] + 1 == self.window // self.patch_size:     # it is full
-                drawn, past = codes[:, -self.hears // self.patch_size:], None
-            h, past = self(drawn, past)
+            new = codes[:, -1:]
+            if is_full(self, past):
+                new, past = codes[:, -self.hears // self.patch_size:], None
+            h, past = self(new, past)
+            drawn = self.head.draw(h[:, -1], part, self.temperature)          # (B, K)
+            codes = torch.cat([codes, drawn[:, None]], dim=1)
         frames = self.tokeniser.decode(codes)
         return frames[:, ctx.shape[1]:]
 
@@ -325,25 +331,22 @@ class FrameModel(nn.Module):
 
     def continuation(self, ctx, noise, steps, cfg, sampler):
         """ctx (B, Tc, C), standard normal noise (B, T, C) -> frames (B, T, C). It is guided away
-        from what a silent context and the same continuation lead to."""
-        count, contexts = len(ctx), ctx
-        if cfg != 1:
-            contexts = torch.cat([ctx, self.silence.expand_as(ctx)])
-        h, past = self(contexts)
-        frames, heard = [], contexts
+        from what a silent context and the same continuation lead to; in every window anew."""
+        count, frames, past = len(ctx), ctx, None
         for eps in noise.split(self.patch_size, dim=1):
+            new = frames[:, -self.patch_size:]
+            new = new.repeat(2 if cfg != 1 else 1, 1, 1)      # guided: also after silence
+            if is_full(self, past):
+                new, past = frames[:, -self.hears:], None
+                if cfg != 1:
+                    new = torch.cat([new, self.silence.expand_as(new)])
+            h, past = self(new, past)
             known = h[:count, -1]                                             # (B, d)
             self.head.silence = h[count:, -1]
             predict = functools.partial(guided, self.head, known, cfg)
             x0 = SOLVERS[sampler](predict, eps, levels(self.config, steps))   # (B, k, C)
-            frames.append(x0)
-            x0 = x0.repeat(len(contexts) // count, 1, 1)      # guided: also after silence
-            heard = torch.cat([heard, x0], dim=1)
-            if heard.shape[1] == self.window:                 # it is full
-                x0, past = heard[:, -self.hears:], None
-                heard = x0
-            h, past = self(x0, past)
-        return torch.cat(frames, dim=1)
+            frames = torch.cat([frames, x0], dim=1)
+        return frames[:, ctx.shape[1]:]
 
 
 def utterance_errors(model, ctx, x0, parts, noise, angles):

@@ -19,19 +19,21 @@ from lab.study import ROOT, adopt_decoder, chosen_seeds, python, read_rows, spre
 RESULTS = ROOT / "lab" / "results" / "contexts.csv"
 FLOPS = 8e13                          # what the first command takes
 FLAGS = "--toy-grammar topics --toy-languages 1"
-# {(arm, seconds of context, of continuation): more flags}. Batches of C hold as many seconds.
+# {(arm, seconds of context, of continuation, what else differs): more flags}. Batches of C hold
+# about as many seconds.
 RUNS = {
-    ("C", 1, 2): "--batch-size 20",
-    ("C", 1, 5): "--batch-size 10",
-    ("C", 1, 11): "--batch-size 5",
-    ("C", 1, 23): "--batch-size 3",
-    ("C", 4, 8): "--batch-size 5",
-    ("C", 8, 8): "--batch-size 4",
-    ("B", 4, 8): "--batch-size 5 --lr 8e-3 --muon-lr 0.16",
-    ("A", 4, 8): "--batch-size 12 --lr 2e-3 --muon-lr 0.04",
-    ("A", 1, 3): "",
+    ("C", 1, 2, ""): "--batch-size 20",
+    ("C", 1, 5, ""): "--batch-size 10",
+    ("C", 1, 11, ""): "--batch-size 5",
+    ("C", 1, 23, ""): "--batch-size 3",
+    ("C", 4, 8, ""): "--batch-size 5",
+    ("C", 4, 8, "8 blocks"): "--batch-size 5 --depth 8 --width 192",
+    ("C", 4, 8, "patches of 4"): "--batch-size 5 --patch-size 4",
+    ("C", 8, 8, ""): "--batch-size 4",
+    ("B", 4, 8, ""): "--batch-size 5 --lr 8e-3 --muon-lr 0.16",
+    ("A", 1, 3, ""): "",
 }
-REPEATED = ("C", 4, 8)                # with three seeds
+REPEATED = ("C", 4, 8, "")            # with three seeds
 COLOURS = {"C": "tab:blue", "B": "tab:orange", "A": "tab:green"}
 MEASURES = {                          # column: its name in the report
     "first": "topic after prompt", "topic_1": "topic, 1 later", "topic_10": "topic, 10 later",
@@ -39,18 +41,19 @@ MEASURES = {                          # column: its name in the report
     "replies": "replies answer", "voice": "voice comes back"}
 
 
-def run(out, arm, ctx, gen, seed):
+def run(out, arm, ctx, gen, variant, seed):
     """Train one model and judge it, as far as that is not done yet. Returns its row."""
-    folder = out / f"{arm}-{ctx}-{gen}-{seed}"
+    name = f"{arm}-{ctx}-{gen}-{variant.replace(' ', '-')}-{seed}"
+    folder = out / name.replace("--", "-")
     adopt_decoder(out, folder, seed)
     python("lab.autoregressive", "--arm", arm, "--flops", f"{FLOPS:g}", "--out", str(folder),
            "--ctx-seconds", str(ctx), "--gen-seconds", str(gen), "--seed", str(seed),
-           *FLAGS.split(), *RUNS[arm, ctx, gen].split())
+           *FLAGS.split(), *RUNS[arm, ctx, gen, variant].split())
     if not (folder / "coherence.json").exists():
         python("lab.coherence", str(folder))
 
     last = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
-    row = {"arm": arm, "ctx": str(ctx), "gen": str(gen), "seed": str(seed),
+    row = {"arm": arm, "ctx": str(ctx), "gen": str(gen), "variant": variant, "seed": str(seed),
            "steps": last["step"], "flops": f"{last['flops']:.3g}"}
     figures = json.loads((folder / "coherence.json").read_text())["figures"]
     for column, name in MEASURES.items():
@@ -62,16 +65,22 @@ def run(out, arm, ctx, gen, seed):
                   "half_life_true": f"{figures['true']['half-life, s']['value']:.4g}"}
 
 
+def key_of(row):
+    """The entry of RUNS that a row belongs to."""
+    return row["arm"], int(row["ctx"]), int(row["gen"]), row["variant"]
+
+
 def table(rows):
     """Print the results in Markdown, means of seeds."""
     print(f"| arm | context + continuation | seeds | steps | {' | '.join(MEASURES.values())} |")
     print("|---" * (4 + len(MEASURES)) + "|")
     for key in RUNS:
-        found = [row for row in rows if (row["arm"], int(row["ctx"]), int(row["gen"])) == key]
+        found = [row for row in rows if key_of(row) == key]
         if found:
-            arm, ctx, gen = key
+            arm, ctx, gen, variant = key
             cells = [spread([float(row[column]) for row in found], 2) for column in MEASURES]
-            print(f"| {arm} | {ctx} + {gen} s | {len(found)} | {found[0]['steps']} | "
+            shape = f"{ctx} + {gen} s" + (f", {variant}" if variant else "")
+            print(f"| {arm} | {shape} | {len(found)} | {found[0]['steps']} | "
                   f"{' | '.join(cells)} |")
 
 
@@ -82,6 +91,7 @@ def draw(rows, path):
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("--plot needs matplotlib: pip install matplotlib") from None
+    rows = [row for row in rows if not row["variant"]]
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2, sharex=True)
     for panel, column, title in ((left, "half_life", "half-life of the topic, s"),
@@ -129,7 +139,7 @@ def main():
         if not rows:
             raise UserError(f"--plot: there are no results in {RESULTS}")
         return draw(rows, arguments.plot)
-    done = {(row["arm"], int(row["ctx"]), int(row["gen"]), int(row["seed"])) for row in rows}
+    done = {(*key_of(row), int(row["seed"])) for row in rows}
     for seed in chosen_seeds(arguments.seed):
         for key in RUNS:
             wanted = seed == 0 or key == REPEATED

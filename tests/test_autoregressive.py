@@ -200,16 +200,23 @@ def test_the_first_frames_come_first(config):
     assert start.shape[1] == 12 and (whole[:, :12] - start).abs().max() < 1e-4
 
 
-def test_a_full_window_begins_again_with_its_newest_two_thirds(config):
+@pytest.mark.parametrize("cfg", [1, 3])
+def test_a_full_window_begins_again_with_its_newest_two_thirds(config, cfg):
     """Of 96 frames: contexts may have 64, and what is said then is said in two passes."""
     model, (ctx, x0) = random_model("C", config), frames(config)
     assert model.hears == 64
     long, noise = torch.cat([ctx, x0], dim=1)[:, :64], torch.randn(len(ctx), 64, 80)
-    made = model.continuation(long, noise, 2, 1, "ddim")
-    first = model.continuation(long, noise[:, :32], 2, 1, "ddim")
-    second = model.continuation(torch.cat([long, first], dim=1)[:, -64:], noise[:, 32:], 2, 1, "ddim")
+    made = model.continuation(long, noise, 2, cfg, "ddim")
+    first = model.continuation(long, noise[:, :32], 2, cfg, "ddim")
+    second = model.continuation(torch.cat([long, first], dim=1)[:, -64:], noise[:, 32:], 2, cfg, "ddim")
     assert torch.allclose(made, torch.cat([first, second], dim=1), atol=1e-4)
-    assert not torch.allclose(model.continuation(long[:, 8:], noise, 2, 1, "ddim"), made, atol=1e-2)
+    assert not torch.allclose(model.continuation(long[:, 8:], noise, 2, cfg, "ddim"), made, atol=1e-2)
+
+
+def test_a_long_context_is_heard_whole_where_little_is_said(config):
+    config.gen_seconds = 0.1
+    model = random_model("C", config)
+    assert model.hears == config.ctx_frames
 
 
 @pytest.mark.parametrize("arm", ["B", "C"])
@@ -220,6 +227,15 @@ def test_no_window_grows_longer_than_in_training(config, arm, monkeypatch):
         x.shape[1] + (past[0][0].shape[2] if past else 0)), trunk(x, past))[1])
     made = cdslm.sample(model, torch.cat([ctx, x0], dim=1), frames=160, steps=1, cfg=1, sampler="ddim")
     assert made.shape[1] == 160 and set(seen) == {8, 9, 10, 11}       # of 12 positions, the last is not heard
+
+
+@pytest.mark.parametrize("arm", ["A", "B", "C"])
+def test_a_prompt_of_any_length_is_continued(config, arm):
+    """Of a prompt longer than a context, whole tokens are heard."""
+    model, (ctx, x0) = random_model(arm, config), frames(config)
+    for length in (5, 37, 96):
+        prompt = torch.cat([ctx, x0], dim=1)[:, :length]
+        assert cdslm.sample(model, prompt, steps=1, sampler="ddim").isfinite().all()
 
 
 def test_guidance_leads_away_from_a_silent_context(config):

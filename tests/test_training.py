@@ -285,7 +285,13 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(trainer, scaler):
     assert stepped(t)["skipped"] == 1
     assert torch.equal(weights(t), before)
     assert all(p.isfinite().all() for p in t.ema.parameters())
-    t.batches = good
+    t.batches, row = good, None
+    for optimizer, spoilt in ((0, float("nan")), (-1, float("inf")), (-1, float("nan"))):     # AdamW's; Muon's
+        parameter = t.optimizers[optimizer].param_groups[0]["params"][0]
+        hook = parameter.register_hook(lambda gradient, spoilt=spoilt: gradient + spoilt)
+        assert not math.isfinite(stepped(t)["gradient"]) and torch.equal(weights(t), before)
+        hook.remove()
+    t.skipped = 1
     row = stepped(t)
     assert row["skipped"] == 1 and math.isfinite(row["loss"]) and not torch.equal(weights(t), before)
 
