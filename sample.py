@@ -93,10 +93,10 @@ def output_files(arguments):
     return [files]
 
 
-def contexts(arguments, model):
-    """The speech to continue: waves (num, N) that the model sees, and what comes before (M,). A
-    prompt shorter than a context has silence before it."""
-    samples, prompt = model.config.ctx_frames * HOP, arguments.prompt
+def contexts(arguments, config, hears):
+    """The speech to continue: waves (num, N) that a model sees which hears so many frames, and what
+    comes before (M,). A prompt shorter than a context has silence before it."""
+    samples, prompt = config.ctx_frames * HOP, arguments.prompt
     if prompt is None:
         examples = load(Path(arguments.runs[0]) / "autoencoder.pt")["examples"]
         chosen = torch.arange(arguments.num) % len(examples)
@@ -113,7 +113,7 @@ def contexts(arguments, model):
     wave = F.pad(wave, (max(0, samples - len(wave)), 0))
 
     # The end of the prompt is what is continued, so the incomplete frame is cut from its start.
-    wave, heard = wave[len(wave) % HOP:], model.hears * HOP
+    wave, heard = wave[len(wave) % HOP:], hears * HOP
     return wave[-heard:].repeat(arguments.num, 1), wave[:-heard]
 
 
@@ -168,7 +168,7 @@ def main():
     place = files[0][0].parent
     runs = [load_run(run, arguments.device) for run in arguments.runs]
     config, model, autoencoder = runs[0]
-    waves, before = contexts(arguments, model)
+    waves, before = contexts(arguments, config, max(model.hears for _, model, _ in runs))
     context_seconds = (len(before) + waves.shape[1]) / RATE
     seconds = arguments.seconds or config.gen_frames / FRAME_RATE
 

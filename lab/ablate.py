@@ -37,7 +37,7 @@ def run(config):
     autoencoder = fit_autoencoder(config, corpus, device, dtype)
     trainer = Trainer(config, corpus, autoencoder, device, dtype)
     while trainer.done < config.steps:
-        trainer.step()
+        trainer.finish(trainer.step())
 
     report = Judge(config, autoencoder, device, dtype, MINUTES)(trainer.ema)
     pjsd = report["pjsd"]

@@ -1,13 +1,13 @@
 """contexts: what buys coherence? The study of docs/coherence.md.
 
-    python -m lab.contexts --out runs/contexts        an hour on one core, or more
+    python -m lab.contexts --out runs/contexts        about three hours on one core
     python -m lab.contexts --plot contexts.png        trains nothing: draws the results
 
 Arm C (lab/autoregressive.py) learns the conversations of lab/topics.py with windows from 3 to 24
-seconds and the same FLOPs, and lab/coherence.py asks what it remembers. A window is heard to two
-thirds when it continues itself. In training a lesson is a position after the context: with a long
-context every lesson has a long past. Beside C stand arm B and cdslm itself (A). The same command
-goes on where it stopped. Results are kept in lab/results/contexts.csv.
+seconds and the same FLOPs, and lab/coherence.py asks what it remembers. In training a lesson is a
+position after the context: with a long context every lesson has a long past. In generating, B and C
+hear the newest two thirds of a window, or a context if that is more; A hears its context. The same
+command goes on where it stopped. Results are kept in lab/results/contexts.csv.
 """
 import itertools
 import json
@@ -58,9 +58,9 @@ def run(out, arm, ctx, gen, variant, seed):
     figures = json.loads((folder / "coherence.json").read_text())["figures"]
     for column, name in MEASURES.items():
         found = figures["generated"][name]
-        low, high = found["interval"]
-        row |= {column: f"{found['value']:.4g}", f"{column}_low": f"{low:.4g}",
-                f"{column}_high": f"{high:.4g}"}
+        value, (low, high) = found["value"], found["interval"] or (None, None)
+        for end, number in (("", value), ("_low", low), ("_high", high)):
+            row[column + end] = "nan" if number is None else f"{number:.4g}"    # of no case
     return row | {"half_life_window": f"{figures['window']['half-life, s']['value']:.4g}",
                   "half_life_true": f"{figures['true']['half-life, s']['value']:.4g}"}
 
@@ -144,7 +144,8 @@ def main():
         for key in RUNS:
             wanted = seed == 0 or key == REPEATED
             if wanted and (*key, seed) not in done:
-                rows.append(run(arguments.out.resolve(), *key, seed))
+                row = run(arguments.out.resolve(), *key, seed)
+                rows = [*read_rows(RESULTS), row]             # another process may have added some
                 write_rows(RESULTS, rows)
     table(rows)
 

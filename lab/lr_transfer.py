@@ -71,7 +71,7 @@ def run(way, width, depth, lr, seed):
     autoencoder = cdslm.fit_autoencoder(config, corpus, device, dtype)
     trainer = cdslm.Trainer(config, corpus, autoencoder, device, dtype)
     for _ in range(STEPS):
-        trainer.step()
+        trainer.finish(trainer.step())
 
     rows = [(way, width, depth, lr, seed, f"{trainer.validate()['mean']:.5f}")]
     if not RESULTS.exists():

@@ -73,7 +73,9 @@ def afford(config, device, dtype):
     """Raise UserError if a device can't hold its part of the run."""
     need = memory(config, ranks()[1], device, dtype)
     if device.type == "cuda":
-        there = 0.9 * torch.cuda.mem_get_info(device)[0]      # free; some is lost in fragments
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        # What is free, or kept by this process for later; some is lost in fragments.
+        there = 0.9 * (torch.cuda.mem_get_info(device)[0] + unused)
     elif hasattr(os, "sysconf"):
         there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     else:
@@ -205,10 +207,11 @@ def command_line(config):
     for name, value in vars(config).items():
         if value == usual[name]:
             continue
-        words.append("--" + name.replace("_", "-"))
+        flag = name.replace("_", "-")
+        words.append(f"--no-{flag}" if value is False else f"--{flag}")
         if isinstance(value, list):
             words += map(str, value)
-        elif value is not True:                               # a switch has no value
+        elif not isinstance(value, bool):                     # a switch has no value
             words.append(str(value))
     return words
 

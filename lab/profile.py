@@ -53,7 +53,7 @@ def record(trainer, steps):
     waits, cuda = [], trainer.device.type == "cuda"
     trainer.batches = timed_batches(trainer, waits)
     for _ in range(WARM):
-        trainer.step()
+        trainer.finish(trainer.step())
     waits.clear()
     activities = [ProfilerActivity.CPU]
     if cuda:
@@ -61,9 +61,14 @@ def record(trainer, steps):
         torch.cuda.reset_peak_memory_stats(trainer.device)
     with profile(activities=activities) as profiler:
         begun = time.perf_counter()
+        before = None
         for _ in range(steps):
             with record_function("step"):
-                trainer.finish(trainer.step())                # waits for the device
+                row = trainer.step()
+                if before:
+                    trainer.finish(before)                    # a step late, as in training
+            before = row
+        trainer.finish(before)
         seconds = time.perf_counter() - begun
     return profiler, seconds, sum(waits)
 

@@ -16,7 +16,7 @@ ROWS = {
     "normalized_excess": "  normalized",
     "corrected": "corrected for bias",
     "true": "true continuations",
-    "variety": "distinct, to real speech",
+    "variety": "distinct, of real speech's",
 }
 MEANING = {
     "word_rate": "phones inside whole words of the right language",

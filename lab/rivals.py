@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cdslm import Parser, cli
+from cdslm import Parser, UserError, cli
 from lab.study import ROOT, adopt_decoder, chosen_seeds, python, read_rows, spread, write_rows
 
 RESULTS = ROOT / "lab" / "results" / "rivals.csv"
@@ -77,12 +77,16 @@ def frontier(out, seeds):
         for arm, (flag, values) in DIALS.items():
             folder = out / f"{arm}-{BUDGETS[-1]:g}-{seed}"
             for value in values:
-                if not folder.exists() or (arm, str(seed), f"{value:g}") in done:
+                if (arm, str(seed), f"{value:g}") in done:
                     continue
+                if not (folder / "judged.json").exists():
+                    raise UserError(f"{folder}: not trained and judged yet; first without "
+                                    "--frontier")
                 path = folder / f"judged{flag}-{value:g}.json"
                 python("lab.autoregressive", "eval_pjsd", str(folder), flag, f"{value:g}",
                        "--json", str(path))
                 report = json.loads(path.read_text())
+                rows = read_rows(FRONTIERS)               # another process may have added some
                 rows.append({
                     "arm": arm, "seed": str(seed), "dial": f"{value:g}",
                     "word_rate": f"{report['toy']['word_rate']['value']:.4g}",

@@ -114,7 +114,7 @@ def train(trainer, first, seconds, bar, signals):
             trainer.save(folder / "trunk.pt")                 # the next budget begins here
         if trainer.done == start or trainer.done % SAVE_EVERY == 0:
             trainer.save(folder / "checkpoint.pt")
-        trainer.step()
+        trainer.finish(trainer.step())
         bar.update(seconds)
     trainer.save(folder / "checkpoint.pt")
 

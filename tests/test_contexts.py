@@ -18,6 +18,7 @@ def study(tmp_path, monkeypatch):
         if words[0] == "lab.coherence":
             figure = {"value": 0.5, "interval": [0.4, 0.7], "cases": 9}
             side = dict.fromkeys(contexts.MEASURES.values(), figure)
+            side |= {"replies answer": {"value": None, "interval": None, "cases": 0}}
             report = {"figures": {"generated": side, "true": side, "window": side}}
             (tmp_path / "out" / words[1].split("/")[-1] / "coherence.json").write_text(json.dumps(report))
         else:
@@ -34,7 +35,7 @@ def test_each_window_once_and_one_with_three_seeds(study, monkeypatch, capsys):
     contexts.main()
     assert len(called) == 2 * (len(contexts.RUNS) + 2)
     rows = contexts.read_rows(contexts.RESULTS)
-    assert [row["seed"] for row in rows if (row["arm"], row["ctx"], row["gen"]) == ("C", "4", "8")] == ["0", "1", "2"]
+    assert [row["seed"] for row in rows if contexts.key_of(row) == contexts.REPEATED] == ["0", "1", "2"]
     assert rows[0]["half_life"] == "0.5" and rows[0]["half_life_high"] == "0.7" and rows[0]["flops"] == "7.9e+13"
     assert "| C | 4 + 8 s | 3 | 3 | 0.50 ± 0.00 |" in capsys.readouterr().out
     contexts.main()                                           # nothing is left to do

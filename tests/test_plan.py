@@ -151,6 +151,8 @@ def test_a_gpu_may_be_used_by_others(monkeypatch, small, share, fits):
     config, cuda = small(), torch.device("cuda")
     need = plan.memory(config, 1, cuda, torch.bfloat16)["total"] * 2 ** 30
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(share * need), 100 * int(need)))
+    for name in ("memory_reserved", "memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: 0)
     if fits:
         return plan.afford(config, cuda, torch.bfloat16)
     with pytest.raises(UserError, match="for it"):

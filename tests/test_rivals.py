@@ -77,17 +77,17 @@ def test_how_many_times_the_flops():
 
 def test_each_point_of_a_frontier_is_judged_once(study, monkeypatch, capsys):
     called, out = study
-    monkeypatch.setattr("sys.argv", ["rivals", "--frontier", "--out", str(out)])
-    rivals.frontier(out, [0])                                 # nothing is trained yet
-    for arm in "AB":
+    with pytest.raises(UserError, match="not trained and judged yet"):
+        rivals.frontier(out, [0])
+    for arm in "ABC":
         rivals.run(out, arm, 8e13, 0)
     called.clear()
+    monkeypatch.setattr("sys.argv", ["rivals", "--frontier", "--seed", "0", "--out", str(out)])
     rivals.main()
-    assert len(called) == 8 and ("--temperature", "0.7") in set(zip(called[4], called[4][1:]))
-    said = capsys.readouterr().out
-    assert "| B | 0.9 | 0.250 | 0.250 | 0.300 | 0.900 |" in said and "| C | 1 |  |  |  |  |" in said
+    assert len(called) == 12 and ("--temperature", "0.7") in set(zip(called[4], called[4][1:]))
+    assert "| B | 0.9 | 0.250 | 0.250 | 0.300 | 0.900 |" in capsys.readouterr().out
     rivals.main()
-    assert len(called) == 8
+    assert len(called) == 12
 
 
 def test_bad_input(study, monkeypatch):

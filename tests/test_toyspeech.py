@@ -319,3 +319,4 @@ def test_an_older_run_knows_no_grammar(small, mute):
 def test_the_plan_prints_the_grammar():
     assert command_line(Config(toy_grammar="topics")) == ["--size", "tiny", "--toy-grammar", "topics"]
     assert "--toy-grammar" not in command_line(Config())
+    assert command_line(Config(compile=False)) == ["--size", "tiny", "--no-compile"]

@@ -516,9 +516,11 @@ def test_an_output_folder_gets_files_with_names(trained, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("version, asked, why", [
-    (None, "auto", "built without CUDA"), ("13.0", "auto", "needs a driver for CUDA 13.0"), (None, "cpu", "")])
+    (None, "auto", "was built without CUDA; pip install torch"),
+    ("13.0", "auto", "needs a driver for CUDA 13.0; update the driver, or pip install torch"), (None, "cpu", "")])
 def test_a_gpu_that_this_torch_cannot_use_is_noted(small, monkeypatch, capsys, version, asked, why):
     monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(torch.version, "cuda", version)
     cdslm.announce(small(device=asked), torch.device("cpu"), torch.float32)
     said = capsys.readouterr().out

@@ -60,7 +60,7 @@ def test_watching_adds_estimates_and_guidance_to_the_page(folder, run):
 def test_the_last_estimate_is_what_sample_returns(trained, words):
     config, model, autoencoder = load_run(trained[0])
     arguments = speak.parse([str(trained[0]), "--watch", "--steps", "7", *words])
-    waves, _ = speak.contexts(arguments, model)
+    waves, _ = speak.contexts(arguments, config, model.hears)
     context = autoencoder.encode(waves)
     shown = list(speak.watch(arguments, model, context).values())
     expected = cdslm.sample(model, context, None, arguments.steps, arguments.cfg, arguments.sampler, arguments.seed)
