@@ -128,7 +128,8 @@ def compare_ngrams(n, corpora, lengths, phones, aside, splits):
         "pjsd": value, "floor": floor, "floor_sd": np.std(values, 0)[1], "true": ceiling,
         "excess": value - floor,
         "normalized_excess": (value - floor) / (1 - floor) if floor < 0.999 else math.nan,
-        "corrected": jsd(all_generated, all_reference) - bias, "variety": said / real if real else math.nan,
+        "corrected": jsd(all_generated, all_reference) - bias,
+        "variety": said / real if real else math.nan,
         "interval": tuple(np.clip([value - half, value + half], 0, 1).tolist())}
 
 
