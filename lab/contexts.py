@@ -92,7 +92,7 @@ def draw(rows, path):
     except ImportError:
         raise UserError("--plot needs matplotlib: pip install matplotlib") from None
     rows = [row for row in rows if not row["variant"]]
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2, sharex=True)
     for panel, column, title in ((left, "half_life", "half-life of the topic, s"),
                                  (right, "closers", "closers that agree")):
@@ -120,8 +120,8 @@ def draw(rows, path):
     left.set_yticks([1, 3, 10, 30], ["1", "3", "10", "30"])
     right.set_ylim(0, 1)
     chance = right.axhline(0.25, color="0.7", linestyle=":", label="chance")
-    left.legend(frameon=False, fontsize="small")
-    right.legend(handles=[chance], frameon=False, fontsize="small")
+    handles, _ = left.get_legend_handles_labels()
+    figure.legend(handles=[*handles, chance], loc="outside right center", frameon=False)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
 
