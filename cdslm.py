@@ -835,7 +835,7 @@ def training_step(network, ema, optimizers, diffusion, config, step, batches, ha
         optimizer.zero_grad(set_to_none=True)
     hardware.scaler.update(None if hardware.half else 1.0)    # smaller where float16 overflowed
 
-    decay = min(config.ema, (1 + step) / (10 + step))         # at first it has a short memory
+    decay = min(config.ema, (1 + step) / (10 + step)) if finite else 1.0      # short at first
     with torch.no_grad():
         torch._foreach_lerp_(list(ema.parameters()), list(network.parameters()), 1 - decay)
     return torch.stack([total, norm])
@@ -1479,16 +1479,17 @@ class Corpus:
         """Windows as the cache holds them: "mel" (len(keys), frames, 80) float16, or "audio"
         (len(keys), 300 * frames) int16."""
         runs, ends = self.runs[split], self.ends(split, frames)
-        hop, windows = {"mel": 1, "audio": HOP}[kind], []
-        for key in keys:
+        hop, shape, dtype = (1, (MELS,), np.float16) if kind == "mel" else (HOP, (), np.int16)
+        windows = np.empty((len(keys), frames * hop, *shape), dtype)
+        for window, key in zip(windows, keys):
             place = key % int(ends[-1])                       # among all starts of all runs
             row = np.searchsorted(ends, place, side="right")
             shard, start, length = runs[row]
             start += place - (ends[row] - (length - frames + 1))
             stored = array(self.shards[shard]["stem"], kind)
-            # A copy: a view would keep the file of its shard open.
-            windows.append(np.array(stored[start * hop:(start + frames) * hop]))
-        return np.stack(windows)
+            # Copied: a view would keep the file of its shard open.
+            window[:] = stored[start * hop:(start + frames) * hop]
+        return windows
 
     def windows(self, kind, split, keys, frames):
         """Windows of the same shapes in float32; "audio" within -1 and 1."""

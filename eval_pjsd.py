@@ -115,7 +115,7 @@ def compare_ngrams(n, corpora, lengths, phones, aside, splits):
         sides = (generated(draw(rng, lengths[0], phones)), reference(held),
                  true(draw(rng, lengths[2], phones)))
         values.append([jsd(side, rest) for side in sides])
-        distinct.append([np.count_nonzero(side) for side in sides])
+        distinct.append([np.count_nonzero(side) for side in sides[:2]])
     value, floor, ceiling = np.mean(values, axis=0)
 
     counts = len(corpora[0]), len(corpora[1])
@@ -123,7 +123,7 @@ def compare_ngrams(n, corpora, lengths, phones, aside, splits):
     bias, variance = (jackknife(generated, all_reference, counts[0])
                       + jackknife(reference, all_generated, counts[1]))
     half = reach(variance, min(BLOCKS, *counts))
-    said, real, _ = np.mean(distinct, axis=0)
+    said, real = np.mean(distinct, axis=0)
     return {
         "pjsd": value, "floor": floor, "floor_sd": np.std(values, 0)[1], "true": ceiling,
         "excess": value - floor,

@@ -15,7 +15,7 @@ import torch
 from cdslm import (Parser, Trainer, cli, count, decide, fit_autoencoder, open_corpus,
                    parse as parse_config)
 from lab.judge import ASKED, Judge
-from lab.study import chosen_seeds, read_rows, spread, write_rows
+from lab.study import add_row, chosen_seeds, read_rows, spread
 
 BASE = "--steps 1000 --decoder griffinlim --device cpu"
 MINUTES = 10                           # of generated speech that is judged
@@ -78,8 +78,7 @@ def main():
             if (flags, seed) not in finished and not arguments.table:
                 measured = run(parse_config(f"{BASE} {flags} --seed {seed}".split()))
                 values = {name: f"{value:.5g}" for name, value in measured.items()}
-                row = {"flags": flags, "seed": seed, **values}
-                write_rows(RESULTS, [*read_rows(RESULTS), row])
+                add_row(RESULTS, {"flags": flags, "seed": seed, **values})
     table()
 
 

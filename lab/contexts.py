@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 
 from cdslm import Parser, UserError, cli, replacing
-from lab.study import ROOT, adopt_decoder, chosen_seeds, python, read_rows, spread, write_rows
+from lab.study import ROOT, add_row, adopt_decoder, chosen_seeds, python, read_rows, spread
 
 RESULTS = ROOT / "lab" / "results" / "contexts.csv"
 FLOPS = 8e13                          # what the first command takes
@@ -144,9 +144,7 @@ def main():
         for key in RUNS:
             wanted = seed == 0 or key == REPEATED
             if wanted and (*key, seed) not in done:
-                row = run(arguments.out.resolve(), *key, seed)
-                rows = [*read_rows(RESULTS), row]             # another process may have added some
-                write_rows(RESULTS, rows)
+                rows = add_row(RESULTS, run(arguments.out.resolve(), *key, seed))
     table(rows)
 
 

@@ -30,9 +30,8 @@ from cdslm import (FRAME_RATE, HOP, MELS, SHARD_SECONDS, AudioAutoencoder, Clip,
                    Diffusion, MMDiT, OneDevice, Parser, Source, UserError, build_cache, cache_root,
                    cli, decide, fingerprint, folder_source, keyed, make_optimizers, open_corpus,
                    places, replacing, sample, split, training_step)
-from lab.study import read_rows, write_rows
+from lab.study import ROOT, read_rows, write_rows
 
-ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "lab" / "results" / "growth.csv"
 COLUMNS = "axis", "size", "what", "seconds", "MiB", "mapped MiB"
 SMALL = 10                                            # MiB: below, memory is as good as none

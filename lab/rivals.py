@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from cdslm import Parser, UserError, cli
-from lab.study import ROOT, adopt_decoder, chosen_seeds, python, read_rows, spread, write_rows
+from lab.study import (ROOT, add_row, adopt_decoder, chosen_seeds, python, read_rows, spread,
+                       write_rows)
 
 RESULTS = ROOT / "lab" / "results" / "rivals.csv"
 FRONTIERS = ROOT / "lab" / "results" / "frontiers.csv"
@@ -86,14 +87,12 @@ def frontier(out, seeds):
                 python("lab.autoregressive", "eval_pjsd", str(folder), flag, f"{value:g}",
                        "--json", str(path))
                 report = json.loads(path.read_text())
-                rows = read_rows(FRONTIERS)               # another process may have added some
-                rows.append({
+                rows = add_row(FRONTIERS, {
                     "arm": arm, "seed": str(seed), "dial": f"{value:g}",
                     "word_rate": f"{report['toy']['word_rate']['value']:.4g}",
                     "runs_3": f"{report['toy']['runs_3']['value']:.4g}",
                     "pjsd_3": f"{report['pjsd'][2]:.4g}",
                     "variety_5": f"{report['variety'][4]:.4g}"})
-                write_rows(FRONTIERS, rows)
 
     print("| arm | guidance or temperature | words | in 3 or more | pJSD₃ | distinct 5-grams |")
     print("|---" * 6 + "|")

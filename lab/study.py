@@ -38,6 +38,13 @@ def write_rows(path, rows):
         writer.writerows(rows)
 
 
+def add_row(path, row):
+    """Add a row to a results file, to which other processes may add theirs. Returns all rows."""
+    rows = [*read_rows(path), row]
+    write_rows(path, rows)
+    return rows
+
+
 def chosen_seeds(seed):
     """The seeds that --seed asks for: all of SEEDS if it is None. Raises UserError for another."""
     if seed is not None and seed not in SEEDS:
