@@ -1,6 +1,6 @@
 """rivals: all at once or one after the other, frames or codes? The study of docs/rival.md.
 
-    python -m lab.rivals --out runs/rivals               some hours on one core
+    python -m lab.rivals --out runs/rivals               a night on one core
     python -m lab.rivals --out runs/rivals --seed 1      one seed: processes may share the work
     python -m lab.rivals --frontier                      judges what is there, with other guidance
     python -m lab.rivals --table                         trains nothing: prints the results
@@ -17,12 +17,15 @@ from pathlib import Path
 import numpy as np
 
 from cdslm import Parser, UserError, cli
-from lab.study import (ROOT, add_row, adopt_decoder, chosen_seeds, python, read_rows, spread,
-                       write_rows)
+from lab.study import (ROOT, SEEDS, add_row, adopt_decoder, chosen_seeds, python, read_rows,
+                       spread, write_rows)
 
 RESULTS = ROOT / "lab" / "results" / "rivals.csv"
 FRONTIERS = ROOT / "lab" / "results" / "frontiers.csv"
-ARMS, BUDGETS = ("A", "B", "C"), (2e13, 8e13)
+ARMS = "A", "B", "C"
+# FLOPs: (arms, seeds). What takes an hour a run is run less often.
+BUDGETS = {2e13: (ARMS, SEEDS), 8e13: (ARMS, SEEDS), 3.2e14: (("A", "B"), SEEDS[:2])}
+FRONTIER = 8e13                       # the largest budget that all arms have
 DIALS = {"A": ("--cfg", (1, 1.5, 2, 3)), "B": ("--temperature", (0.7, 0.8, 0.9, 1)),
          "C": ("--cfg", (1, 1.5, 2, 3))}
 # Times the default learning rates, what was best for each arm with 1e13 FLOPs on the default toy
@@ -69,30 +72,29 @@ def add(row):
     write_rows(RESULTS, rows)
 
 
+def point(out, arm, seed, value):
+    """Judge one run with FRONTIER FLOPs with another guidance or temperature. Returns its row."""
+    flag, folder = DIALS[arm][0], out / f"{arm}-{FRONTIER:g}-{seed}"
+    if not (folder / "judged.json").exists():
+        raise UserError(f"{folder}: not trained and judged yet; first without --frontier")
+    path = folder / f"judged{flag}-{value:g}.json"
+    python("lab.autoregressive", "eval_pjsd", str(folder), flag, f"{value:g}", "--json", str(path))
+    report = json.loads(path.read_text())
+    return {"arm": arm, "seed": str(seed), "dial": f"{value:g}",
+            "word_rate": f"{report['toy']['word_rate']['value']:.4g}",
+            "runs_3": f"{report['toy']['runs_3']['value']:.4g}",
+            "pjsd_3": f"{report['pjsd'][2]:.4g}",
+            "variety_5": f"{report['variety'][4]:.4g}"}
+
+
 def frontier(out, seeds):
-    """Judge the runs of the largest budget with other guidance or temperature, and print a table.
-    A judged point is not judged again."""
+    """Judge every point that is not judged yet, and print a table."""
+    points = [(arm, seed, value) for seed in seeds for arm in ARMS for value in DIALS[arm][1]]
     rows = read_rows(FRONTIERS)
     done = {(row["arm"], row["seed"], row["dial"]) for row in rows}
-    for seed in seeds:
-        for arm, (flag, values) in DIALS.items():
-            folder = out / f"{arm}-{BUDGETS[-1]:g}-{seed}"
-            for value in values:
-                if (arm, str(seed), f"{value:g}") in done:
-                    continue
-                if not (folder / "judged.json").exists():
-                    raise UserError(f"{folder}: not trained and judged yet; first without "
-                                    "--frontier")
-                path = folder / f"judged{flag}-{value:g}.json"
-                python("lab.autoregressive", "eval_pjsd", str(folder), flag, f"{value:g}",
-                       "--json", str(path))
-                report = json.loads(path.read_text())
-                rows = add_row(FRONTIERS, {
-                    "arm": arm, "seed": str(seed), "dial": f"{value:g}",
-                    "word_rate": f"{report['toy']['word_rate']['value']:.4g}",
-                    "runs_3": f"{report['toy']['runs_3']['value']:.4g}",
-                    "pjsd_3": f"{report['pjsd'][2]:.4g}",
-                    "variety_5": f"{report['variety'][4]:.4g}"})
+    for arm, seed, value in points:
+        if (arm, str(seed), f"{value:g}") not in done:
+            rows = add_row(FRONTIERS, point(out, arm, seed, value))
 
     print("| arm | guidance or temperature | words | in 3 or more | pJSD₃ | distinct 5-grams |")
     print("|---" * 6 + "|")
@@ -107,36 +109,36 @@ def frontier(out, seeds):
 def table():
     """Print means over seeds, ± half of the distance between the outermost, in Markdown."""
     done = read_rows(RESULTS)
-    for flops in BUDGETS:
+    for flops, (arms, _) in BUDGETS.items():
         rows = [row for row in done if float(row["flops"]) == flops]
-        sides = [[row for row in rows if row["arm"] == arm] for arm in ARMS]
-        print(f"\n| {flops:g} FLOPs | {' | '.join(ARMS)} |")
-        print("|---" * (1 + len(ARMS)) + "|")
+        sides = [[row for row in rows if row["arm"] == arm] for arm in arms]
+        print(f"\n| {flops:g} FLOPs | {' | '.join(arms)} |")
+        print("|---" * (1 + len(arms)) + "|")
         print(f"| seeds | {' | '.join(str(len(side)) for side in sides)} |")
         for name in ("steps", "loss", *MEASURES):
             digits = 0 if name == "steps" else 3
             cells = [spread([float(row[name]) for row in side], digits) for side in sides]
             print(f"| {name} | {' | '.join(cells)} |")
-    for arm, factor in multipliers(done).items():
-        print(f"\nwords of {arm} with {BUDGETS[0]:g} FLOPs: A needs {factor:.1f} times as many")
+    for (arm, flops), factor in multipliers(done).items():
+        print(f"\nwords of {arm} with {flops:g} FLOPs: A needs {factor:.1f} times as many")
 
 
 def multipliers(rows):
-    """{arm: FLOPs with which A has the arm's share of phones in words at the smallest budget,
-    relative to that budget}, by the straight line through A's words over the logarithm of FLOPs.
-    {} unless A was trained with two budgets."""
-    log_flops = [math.log(float(row["flops"])) for row in rows if row["arm"] == "A"]
-    words = [float(row["word_rate"]) for row in rows if row["arm"] == "A"]
-    if len(set(log_flops)) < 2:
-        return {}
-    slope, offset = np.polyfit(log_flops, words, 1)
-    found = {}
-    for arm in ARMS[1:]:
-        at = [float(row["word_rate"]) for row in rows
-              if row["arm"] == arm and float(row["flops"]) == BUDGETS[0]]
-        if at:
-            found[arm] = math.exp((np.mean(at) - offset) / slope) / BUDGETS[0]
-    return found
+    """{(arm, FLOPs): how many times the FLOPs A needs for the arm's share of phones in words}. Means
+    over seeds; between two budgets A's share is a straight line over the logarithm of FLOPs. What
+    lies outside A's budgets is not there."""
+    means = {}
+    for arm in ARMS:
+        for flops in BUDGETS:
+            found = [float(row["word_rate"]) for row in rows
+                     if row["arm"] == arm and float(row["flops"]) == flops]
+            if found:
+                means[arm, flops] = np.mean(found)
+    log_flops = [math.log(flops) for arm, flops in means if arm == "A"]
+    words = [words for (arm, _), words in means.items() if arm == "A"]
+    return {(arm, flops): math.exp(np.interp(share, words, log_flops)) / flops
+            for (arm, flops), share in means.items()
+            if arm != "A" and words and min(words) <= share <= max(words)}
 
 
 def main():
@@ -152,7 +154,8 @@ def main():
         return frontier(arguments.out.resolve(), seeds)
 
     finished = {(row["arm"], float(row["flops"]), int(row["seed"])) for row in read_rows(RESULTS)}
-    grid = [(arm, flops, seed) for seed in seeds for flops in BUDGETS for arm in ARMS]
+    grid = [(arm, flops, seed) for seed in seeds for flops, (arms, its_seeds) in BUDGETS.items()
+            for arm in arms if seed in its_seeds]
     for arm, flops, seed in grid:
         if (arm, flops, seed) not in finished and not arguments.table:
             add(run(arguments.out.resolve(), arm, flops, seed))

@@ -191,7 +191,7 @@ def test_a_profile_names_operators_and_leaves_a_trace(tmp_path):
     rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
     assert len(rows) == 2 + profile.SHOWN and "mm" in done.stdout and "waiting for the batch" in done.stdout
     shares = [float(line.split("|")[4]) for line in rows[2:]]
-    assert shares == sorted(shares, reverse=True) and 0.5 < sum(shares) <= 1
+    assert shares == sorted(shares, reverse=True) and 0.2 < sum(shares) <= 1
     assert os.listdir(tmp_path / "prof") == ["trace.json"]
     events = json.loads((tmp_path / "prof/trace.json").read_text())["traceEvents"]
     assert sum(event.get("name") == "step" for event in events) == 2

@@ -41,15 +41,18 @@ def test_each_model_is_trained_and_judged_once(study, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["rivals", "--out", str(out), "--seed", "1"])
     rivals.main()
     trained = [words for words in called if words[0] == "lab.autoregressive"]
-    assert len(trained) == 6 and len(called) == 6 * (1 + len(rivals.JUDGES))
+    assert len(trained) == 8 and len(called) == 8 * (1 + len(rivals.JUDGES))
     assert {("--arm", "B"), ("--lr", "0.008")} <= set(zip(trained[1], trained[1][1:]))
     rows = rivals.read_rows(rivals.RESULTS)
-    assert [row["arm"] for row in rows] == ["A", "B", "C"] * 2 and rows[0]["pjsd_2"] == "0.2"
+    assert [row["arm"] for row in rows] == [*"ABCABCAB"] and rows[0]["pjsd_2"] == "0.2"
     said = capsys.readouterr().out
     assert "| word_rate | 0.250 | 0.250 | 0.250 |" in said and "| steps | 3 | 3 | 3 |" in said
 
     rivals.main()                                             # nothing is left to do
-    assert len(called) == 6 * (1 + len(rivals.JUDGES))
+    assert len(called) == 8 * (1 + len(rivals.JUDGES))
+    monkeypatch.setattr("sys.argv", ["rivals", "--out", str(out), "--seed", "2"])
+    rivals.main()                                             # an hour a run: two seeds only
+    assert [row["seed"] for row in rivals.read_rows(rivals.RESULTS)] == [*"12121212121211"]
 
 
 def test_the_decoder_of_a_seed_is_shared(study, monkeypatch):
@@ -68,11 +71,13 @@ def test_the_decoder_of_a_seed_is_shared(study, monkeypatch):
 
 
 def test_how_many_times_the_flops():
-    """A gains .1 for each doubling; C has with 2e13 what A has with 8e13."""
-    rows = [dict(arm="A", flops="2e13", word_rate="0.2"), dict(arm="A", flops="8e13", word_rate="0.4"),
-            dict(arm="C", flops="2e13", word_rate="0.4"), dict(arm="B", flops="8e13", word_rate="0.9")]
-    assert rivals.multipliers(rows) == {"C": pytest.approx(4)}
-    assert rivals.multipliers(rows[1:]) == {}
+    """C has with 2e13 FLOPs what A has with 8e13; B has with 8e13 what A has halfway (on the axis of
+    the logarithm) between 8e13 and 3.2e14. More than A ever has, or less, is not compared."""
+    rows = [("A", 2e13, .1), ("A", 2e13, .3), ("A", 8e13, .4), ("A", 3.2e14, .8), ("C", 2e13, .4),
+            ("C", 8e13, .9), ("B", 2e13, .1), ("B", 8e13, .6)]
+    rows = [dict(arm=arm, flops=str(flops), word_rate=str(words)) for arm, flops, words in rows]
+    assert rivals.multipliers(rows) == {("C", 2e13): pytest.approx(4), ("B", 8e13): pytest.approx(2)}
+    assert rivals.multipliers(rows[4:]) == {}
 
 
 def test_each_point_of_a_frontier_is_judged_once(study, monkeypatch, capsys):
