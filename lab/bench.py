@@ -31,6 +31,7 @@ from torch import nn
 from cdslm import (FFT, FLOOR, FRAME_RATE, HOP, MELS, RATE, WINDOW, AudioAutoencoder, Config,
                    Diffusion, MMDiT, Parser, Trainer, UserError, autocast, cli, decide,
                    load_run, log_mel, make_optimizers, open_corpus, read_config, rotary, sample)
+from lab.figures import new_figure, save_figure
 from lab.plan import command_line
 
 ROOT = Path(__file__).parents[1]
@@ -330,8 +331,7 @@ def bench_sampling(quick, run):
 
 def draw_sampling(rows, path):
     """pJSD and frame error against evaluations: a colour for each guidance, dashes for DDIM."""
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(10, 2.8), layout="constrained")
+    figure = new_figure(10, 2.8)
     titles = {3: "pJSD$_1$", 4: "pJSD$_2$", 5: "pJSD$_3$", 6: "error"}        # by column of rows
     for axes, (column, title) in zip(figure.subplots(1, 4), titles.items()):
         for cfg, colour in zip(GUIDANCE, ("C0", "C1", "C2")):
@@ -344,7 +344,7 @@ def draw_sampling(rows, path):
         axes.set_xticks(EVALUATIONS, EVALUATIONS)
         axes.minorticks_off()
     axes.legend(frameon=False, fontsize=7)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
     print(f"\ndrawn in {path}")
 
 

@@ -13,7 +13,8 @@ import itertools
 import json
 from pathlib import Path
 
-from cdslm import Parser, UserError, cli, replacing
+from cdslm import Parser, UserError, cli
+from lab.figures import new_figure, save_figure
 from lab.study import ROOT, add_row, adopt_decoder, chosen_seeds, python, read_rows, spread
 
 RESULTS = ROOT / "lab" / "results" / "contexts.csv"
@@ -87,12 +88,8 @@ def table(rows):
 def draw(rows, path):
     """Draw half-life and agreement of closers against the seconds of a window. Filled: with a
     context of 4 s or more every lesson has a long past."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("--plot needs matplotlib: pip install matplotlib") from None
     rows = [row for row in rows if not row["variant"]]
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    figure = new_figure(11, 3.6)
     left, right = figure.subplots(1, 2, sharex=True)
     for panel, column, title in ((left, "half_life", "half-life of the topic, s"),
                                  (right, "closers", "closers that agree")):
@@ -122,8 +119,7 @@ def draw(rows, path):
     chance = right.axhline(0.25, color="0.7", linestyle=":", label="chance")
     handles, _ = left.get_legend_handles_labels()
     figure.legend(handles=[*handles, chance], loc="outside right center", frameon=False)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=110, format="png")
+    save_figure(figure, path)
 
 
 def main():

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from cdslm import guided, keyed_noise, replacing
+from cdslm import UserError, guided, keyed_noise
+from lab.figures import new_figure, save_figure
 from lab.listener import batched, guess_language, nearness, spans, voice_truth
 from lab.markov import words_in
 
@@ -71,15 +72,13 @@ def what_is_decided(model, autoencoder, listener, toy, frames, spoken):
 def draw_decided(rows, path):
     """Draw it, if matplotlib is there; says where."""
     try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return "(pip install matplotlib to have it drawn)"
-    axes = Figure(figsize=(6.4, 4), layout="constrained").subplots()
+        axes = new_figure(6.4, 4).subplots()
+    except UserError as error:
+        return f"({error})"
     for name, marker in zip(list(rows)[1:], "osd^"):
         axes.plot(rows["log_snr"], rows[name], marker=marker, label=name)
     axes.set(ylim=(0, 1.02), ylabel="accuracy of what it predicts")
     axes.set(xlabel="log-SNR of what the model sees")
     axes.legend(frameon=False)
-    with replacing(path) as temporary:
-        axes.figure.savefig(temporary, dpi=150, format="png")
+    save_figure(axes.figure, path)
     return f"drawn in {path}"

@@ -29,7 +29,8 @@ import torch
 from cdslm import (FRAME_RATE, HOP, MELS, SHARD_SECONDS, AudioAutoencoder, Clip, Config, Corpus,
                    Diffusion, MMDiT, OneDevice, Parser, Source, UserError, build_cache, cache_root,
                    cli, decide, fingerprint, folder_source, keyed, make_optimizers, open_corpus,
-                   places, replacing, sample, split, training_step)
+                   places, sample, split, training_step)
+from lab.figures import new_figure, save_figure
 from lab.study import ROOT, read_rows, write_rows
 
 RESULTS = ROOT / "lab" / "results" / "growth.csv"
@@ -301,11 +302,7 @@ def table(rows):
 def draw(rows, path):
     """Draw time and memory of each axis on log axes. Over the last decade a grey line of slope 1
     ends in the same point."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("--plot needs matplotlib: pip install matplotlib") from None
-    figure = Figure(figsize=(13, 5.2), layout="constrained")
+    figure = new_figure(13, 5.2)
     panels = figure.subplots(2, len(AXES), sharex="col")
     columns = dict(zip(AXES, panels.T))
     for axis, what, sizes, seconds, mib in curves(rows):
@@ -323,8 +320,7 @@ def draw(rows, path):
         lower.set_ylim(1, 2000)
     panels[0, 0].set_ylabel("CPU seconds")
     panels[1, 0].set_ylabel("MiB of memory")
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=110, format="png")
+    save_figure(figure, path)
 
 
 def main():

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 import cdslm
+from lab.figures import new_figure, save_figure
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "lab/results/lr_transfer.csv"
@@ -103,14 +104,13 @@ def regrets(by_size):
 
 def draw(losses):
     """Loss against learning rate, a line per size: both parametrisations, over width and depth."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    figure, panels = pyplot.subplots(1, 4, figsize=(14, 3.6), sharey="row", layout="constrained")
+    figure = new_figure(14, 3.6)
+    from matplotlib import colormaps
+    panels = figure.subplots(1, 4, sharey="row")
     for panel, (axis, way) in zip(panels, itertools.product(AXES, RATES)):
         by_size = curves(losses, way, AXES[axis])
         for shade, (size, (best, regret)) in zip((0.15, 0.4, 0.65, 0.9), regrets(by_size).items()):
-            curve, colour = by_size[size], pyplot.cm.viridis(shade)
+            curve, colour = by_size[size], colormaps["viridis"](shade)
             value = size[1] if axis == "depth" else size[0]
             panel.plot(list(curve), list(curve.values()), color=colour, marker=".",
                        label=f"{value}: {regret:+.1%}")
@@ -123,7 +123,7 @@ def draw(losses):
         panel.set_yticks([0.07, 0.1, 0.15, 0.2], ["0.07", "0.1", "0.15", "0.2"])
         panel.legend(title=f"{axis}: regret")
     panels[0].set_ylabel("validation loss")
-    figure.savefig(FIGURE, dpi=110)
+    save_figure(figure, FIGURE)
 
 
 def main():

@@ -40,8 +40,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from cdslm import Diffusion, Parser, UserError, cli, keyed_noise, load_run, replacing
+from cdslm import Diffusion, Parser, UserError, cli, keyed_noise, load_run
 from lab import causal, pair_speech, pair_stories
+from lab.figures import new_figure, save_figure
 from lab.pair_files import find_pairs, read_pair
 from lab.report import keep
 from lab.topics import toy_speech
@@ -233,18 +234,16 @@ def text(row, name):
 def draw_curve(report, path):
     """Draw accuracy against noise level, if matplotlib is there; says where."""
     try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return "(pip install matplotlib to have the curve drawn)"
-    axes = Figure(figsize=(6.4, 4), layout="constrained").subplots()
+        axes = new_figure(6.4, 4).subplots()
+    except UserError as error:
+        return f"({error})"
     for kind, row in report.items():
         axes.plot(LEVELS, row["levels"].values(), marker="o", label=kind)
     axes.axhline(0.5, color="grey", linewidth=1)
     axes.axvspan(LEVELS[DECISIVE][0], LEVELS[DECISIVE][-1], color="grey", alpha=0.1)
     axes.set(ylim=(0.3, 1.02), ylabel="accuracy by this level alone", xlabel="log-SNR")
     axes.legend(frameon=False)
-    with replacing(path) as temporary:
-        axes.figure.savefig(temporary, dpi=150, format="png")
+    save_figure(axes.figure, path)
     return f"accuracy against noise level: {path}"
 
 

@@ -36,6 +36,7 @@ from cdslm import (FRAME_RATE, Parser, Trainer, UserError, checked, claim, cli, 
                    decay_start, decide, lock, open_autoencoder, open_corpus, parse as parse_config,
                    ranks, reason, replacing, resume_point, write_config)
 from lab import laws
+from lab.figures import new_figure, save_figure
 from lab.judge import Judge
 from lab.plan import seconds_a_step
 from lab.process import interruptible
@@ -246,15 +247,7 @@ def run(arguments, flags):
 
 def draw(runs, report, path):
     """Draw the isoFLOP curves with their optima, and kappa, r* and pJSD against compute."""
-    try:
-        import matplotlib.figure
-    except ImportError:
-        raise UserError("--plot needs matplotlib: pip install matplotlib") from None
-    figure = matplotlib.figure.Figure(figsize=(9.6, 7.2), layout="constrained")
-    form = path.suffix[1:] or "png"
-    if form not in figure.canvas.get_supported_filetypes():
-        raise UserError(f"--plot {path}: can't write {form}; png, pdf and svg can be")
-
+    figure = new_figure(9.6, 7.2)
     (iso, curvature), (ratio, metric) = figure.subplots(2, 2)
     draw_curves(iso, runs, report)
     draw_trend(curvature, report["budgets"], "kappa")
@@ -275,8 +268,7 @@ def draw(runs, report, path):
             axes.legend(framealpha=0.7, edgecolor="none")
         else:
             axes.set_axis_off()
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=150, format=form)
+    save_figure(figure, path)
 
 
 def draw_curves(axes, runs, report):

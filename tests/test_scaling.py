@@ -588,7 +588,7 @@ def test_the_figure_is_drawn(tmp_path, few, pjsd):
 
 
 def test_without_matplotlib_it_says_so(tmp_path, few, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(UserError, match="pip install matplotlib"):
         fitted(write(tmp_path / "runs.csv", table()), "--plot", tmp_path / "figure.png")
 
