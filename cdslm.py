@@ -2004,18 +2004,23 @@ class Trainer:
         self.diffusion = Diffusion(config)
         self.optimizers = make_optimizers(self.model, config, dtype)
         self.size, self.hours, self.batches = count(config), corpus.hours("train"), None
+        self.copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.done = 0                                         # steps
         self.skipped = self.failed = 0                        # not finite: in all, and in a row
         self.signals, self.saved = [], time.monotonic()       # when the last checkpoint was
         self.stopping = self.late = False                     # of any rank: a signal; too long
 
     def read(self, step, positions):
-        """Log-mel windows (b, T, 80) float16 of a micro-batch. What follows takes float32, but
-        converting is slow on a CPU: it would keep a fast GPU waiting."""
+        """Log-mel windows (b, T, 80) float16 of a micro-batch; on CUDA, their copy to the device is
+        begun. What follows takes float32, but converting is slow on a CPU: a fast GPU would wait.
+        """
         first = step * self.config.batch_size
         keys = [keyed(self.config.seed, "window", first + i) for i in positions]
         mel = torch.from_numpy(self.corpus.stored("mel", "train", keys, self.corpus.window))
-        return mel.pin_memory() if self.device.type == "cuda" else mel
+        if self.copy_stream is None:
+            return mel
+        with torch.cuda.stream(self.copy_stream):                  # beside the step before
+            return mel.pin_memory().to(self.device, non_blocking=True)
 
     def micro_batches(self):
         """Yield ctx (b, Tc, C), x0 (b, Tg, C), eps like x0, from the next step on, without end.
@@ -2025,7 +2030,11 @@ class Trainer:
         with ThreadPoolExecutor(1) as thread:
             coming = thread.submit(self.read, self.done, parts[0])
             for (step, part), following in itertools.pairwise(order):
-                mel, coming = coming.result(), thread.submit(self.read, *following)
+                mel = coming.result()
+                if self.copy_stream:
+                    torch.cuda.current_stream().wait_stream(self.copy_stream)
+                    mel.record_stream(torch.cuda.current_stream())
+                coming = thread.submit(self.read, *following)
                 ctx, x0 = self.frames(mel)
                 eps = [keyed_noise(config.seed, "noise", step * config.batch_size + i,
                                    x0.shape[1:], self.device) for i in part]

@@ -1,3 +1,4 @@
+import contextlib
 import itertools
 import json
 import math
@@ -6,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -225,6 +227,26 @@ def test_every_window_is_read_once_and_in_its_order(trainer, rank, ranks, micro)
     windows = [(step, i) for step, part in read for i in part]
     expected = [(step, i) for step in range(4) for i in range(rank * share, (rank + 1) * share)]
     assert windows == expected[:len(windows)] and len(windows) >= 3 * share
+
+
+def test_on_a_gpu_a_batch_is_copied_beside_the_step_before(trainer, monkeypatch):
+    """In a stream of its own, which the step waits for; the memory is not given away before it has used it."""
+    events, same = [], trainer()
+    stream = types.SimpleNamespace(wait_stream=lambda other: events.append(f"the step waits for {other}"))
+
+    @contextlib.contextmanager
+    def inside(name):
+        events.append(f"copy in {name}")
+        yield
+    monkeypatch.setattr(torch.cuda, "stream", inside)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: (events.append("pin"), tensor)[1])
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, user: events.append(("used in", user)))
+    t = trainer()
+    t.copy_stream = "a side stream"
+    first, whole = next(t.micro_batches()), batch(same)
+    assert events[:4] == ["copy in a side stream", "pin", "the step waits for a side stream", ("used in", stream)]
+    assert all(map(torch.equal, first, whole))
 
 
 def test_training_lowers_the_loss_on_a_fixed_batch(trainer):
