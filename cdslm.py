@@ -2019,7 +2019,7 @@ class Trainer:
         mel = torch.from_numpy(self.corpus.stored("mel", "train", keys, self.corpus.window))
         if self.copy_stream is None:
             return mel
-        with torch.cuda.stream(self.copy_stream):                  # beside the step before
+        with torch.cuda.stream(self.copy_stream):             # beside the step before
             return mel.pin_memory().to(self.device, non_blocking=True)
 
     def micro_batches(self):
@@ -2160,6 +2160,9 @@ def check_run(config):
 def train(config, trainer_of=Trainer, count=count):
     """From a Config to a run folder with checkpoints and sound. The same Config resumes the run.
     Whoever trains another network (`lab/autoregressive.py`) brings what differs."""
+    if trainer_of is Trainer and Path(config.out, "arm.json").exists():
+        raise UserError(f"--out {config.out} holds a run of lab/autoregressive.py; choose another "
+                        "--out")
     device, dtype = check_run(config)
     process, cache = lab("process"), lab("cache")
     with together() as rank, contextlib.nullcontext() if rank else claim(config):

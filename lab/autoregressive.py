@@ -135,7 +135,7 @@ def read_arm(folder):
 def train(config, arm):
     """As `cdslm.train`, for any arm."""
     folder = Path(config.out)
-    # Before its first step, a run folder is of no arm.
+    # Before its first checkpoint a run of A has nothing to lose: its folder is of no arm.
     begun = any((folder / name).exists() for name in ("arm.json", *CHECKPOINTS))
     if begun and read_arm(folder) != arm:
         raise UserError(f"--out {folder} holds a run of arm {read_arm(folder)}; choose another "
@@ -194,10 +194,18 @@ def run_program(name, words):
         raise UserError("--ceiling is for eval_pjsd")
     if name not in PROGRAMS:
         raise UserError(f"{name} is none of {', '.join(PROGRAMS)}")
+    arms = [read_arm(word) for word in words if Path(word).is_dir()]
+    if arguments.temperature != 1 and not set(arms) & set(TOKENS):
+        raise UserError("--temperature is for runs of B and of units")
 
+    program, parts = importlib.import_module(name), {}
     CodeModel.temperature = arguments.temperature
-    parts = {"generate": through_tokens} if arguments.ceiling else {}
-    importlib.import_module(name).main(**parts)
+    if arguments.ceiling:
+        parts["generate"] = through_tokens
+        report = program.parse()
+        if report.run and not report.json:                    # judged.json is of the model
+            sys.argv += ["--json", str(Path(report.run) / "ceiling.json")]
+    program.main(**parts)
 
 
 def parse(argv=None):

@@ -18,7 +18,7 @@ import numpy as np
 
 from cdslm import Parser, UserError, cli
 from lab.study import (ROOT, SEEDS, add_row, adopt_decoder, chosen_seeds, python, read_rows,
-                       spread, write_rows)
+                       spread)
 
 RESULTS = ROOT / "lab" / "results" / "rivals.csv"
 FRONTIERS = ROOT / "lab" / "results" / "frontiers.csv"
@@ -65,11 +65,9 @@ def run(out, arm, flops, seed):
     return row
 
 
-def add(row):
-    """Add a row to the results file."""
-    rows = [*read_rows(RESULTS), row]
-    rows.sort(key=lambda row: (float(row["flops"]), row["arm"], row["seed"]))
-    write_rows(RESULTS, rows)
+def order(row):
+    """Where a row of the results belongs."""
+    return float(row["flops"]), row["arm"], row["seed"]
 
 
 def point(out, arm, seed, value):
@@ -119,26 +117,27 @@ def table():
             digits = 0 if name == "steps" else 3
             cells = [spread([float(row[name]) for row in side], digits) for side in sides]
             print(f"| {name} | {' | '.join(cells)} |")
-    for (arm, flops), factor in multipliers(done).items():
-        print(f"\nwords of {arm} with {flops:g} FLOPs: A needs {factor:.1f} times as many")
+    for (arm, flops), factors in multipliers(done).items():
+        print(f"\nwords of {arm} with {flops:g} FLOPs: A needs {spread(factors, 1)} times as many "
+              f"({len(factors)} seeds)")
 
 
 def multipliers(rows):
-    """{(arm, FLOPs): how many times the FLOPs A needs for the arm's share of phones in words}. Means
-    over seeds; between two budgets A's share is a straight line over the logarithm of FLOPs. What
-    lies outside A's budgets is not there."""
-    means = {}
-    for arm in ARMS:
-        for flops in BUDGETS:
-            found = [float(row["word_rate"]) for row in rows
-                     if row["arm"] == arm and float(row["flops"]) == flops]
-            if found:
-                means[arm, flops] = np.mean(found)
-    log_flops = [math.log(flops) for arm, flops in means if arm == "A"]
-    words = [words for (arm, _), words in means.items() if arm == "A"]
-    return {(arm, flops): math.exp(np.interp(share, words, log_flops)) / flops
-            for (arm, flops), share in means.items()
-            if arm != "A" and words and min(words) <= share <= max(words)}
+    """{(arm, FLOPs): [how many times the FLOPs A needs for the arm's share of phones in words, for
+    each seed]}. Between two budgets A's share is a straight line over the logarithm of FLOPs. A
+    share that is not within A's, or within A's where they do not rise, is compared with nothing."""
+    words = {(row["arm"], float(row["flops"]), row["seed"]): float(row["word_rate"])
+             for row in rows}
+    found = {}
+    for (arm, flops, seed), share in words.items():
+        line = sorted((budget, rate) for (other, budget, its), rate in words.items()
+                      if other == "A" and its == seed)
+        budgets, rates = zip(*line) if line else ((), ())
+        rising = all(low < high for low, high in zip(rates, rates[1:]))
+        if arm != "A" and rates and rising and rates[0] <= share <= rates[-1]:
+            needed = math.exp(np.interp(share, rates, np.log(budgets)))
+            found.setdefault((arm, flops), []).append(needed / flops)
+    return found
 
 
 def main():
@@ -158,7 +157,7 @@ def main():
             for arm in arms if seed in its_seeds]
     for arm, flops, seed in grid:
         if (arm, flops, seed) not in finished and not arguments.table:
-            add(run(arguments.out.resolve(), arm, flops, seed))
+            add_row(RESULTS, run(arguments.out.resolve(), arm, flops, seed), order)
     table()
 
 

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from cdslm import UserError, replacing
+from cdslm import UserError, lock, replacing
 
 ROOT, SEEDS = Path(__file__).parent.parent, (0, 1, 2)
 
@@ -38,10 +38,14 @@ def write_rows(path, rows):
         writer.writerows(rows)
 
 
-def add_row(path, row):
-    """Add a row to a results file, to which other processes may add theirs. Returns all rows."""
-    rows = [*read_rows(path), row]
-    write_rows(path, rows)
+def add_row(path, row, order=None):
+    """Add a row to a results file, to which other processes may add theirs; sorted by `order`, a
+    function of a row, if there is one. Returns all rows."""
+    with lock(path.with_suffix(".lock"), wait=True):
+        rows = [*read_rows(path), row]
+        if order:
+            rows.sort(key=order)
+        write_rows(path, rows)
     return rows
 
 

@@ -11,6 +11,7 @@ audio and kept in tokeniser.pt.
 
 Symbols:  K codes a position    G codes a slot    P positions    S slots
 """
+import math
 from pathlib import Path
 
 import torch
@@ -30,16 +31,28 @@ SAMPLES, ROUNDS = 1600, 10             # of k-means: windows of 32 frames, and p
 
 
 def codes_per_position(config, kind):
-    """K. Raises UserError if a position is not a whole number of slots."""
+    """K. Raises UserError if a position is not a whole number of slots, or has more codes than
+    values."""
     if config.patch_size % SLOT or FRAMES % config.patch_size:
         raise UserError(f"codes need an even --patch-size that divides {FRAMES}, not "
                         f"{config.patch_size}")
+    if SLOT * config.channels < GROUPS[kind]:                 # each is drawn by a value of noise
+        raise UserError(f"{GROUPS[kind]} codes for {SLOT} frames need more than {config.channels} "
+                        "values a frame; choose another --latent-dim")
     return config.patch_size // SLOT * GROUPS[kind]
+
+
+def flops_of_convolution_backward(gradient, x, weight, *rest, **unused):
+    """From the shapes: a forward pass for each gradient that is wanted, of input and of weight.
+    (torch's own formula takes the depthwise convolutions of a ConvNeXt block for dense ones.)"""
+    of_input, of_weight, _ = rest[-1]
+    return (of_input + of_weight) * 2 * math.prod(gradient) * math.prod(weight[1:])
 
 
 def flops_of(work):
     """FLOPs of the matrix products and convolutions in a call of `work`, counted while it runs."""
-    with FlopCounterMode(display=False) as counter:
+    formulas = {torch.ops.aten.convolution_backward: flops_of_convolution_backward}
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         work()
     return counter.get_total_flops()
 

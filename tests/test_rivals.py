@@ -72,12 +72,17 @@ def test_the_decoder_of_a_seed_is_shared(study, monkeypatch):
 
 def test_how_many_times_the_flops():
     """C has with 2e13 FLOPs what A has with 8e13; B has with 8e13 what A has halfway (on the axis of
-    the logarithm) between 8e13 and 3.2e14. More than A ever has, or less, is not compared."""
-    rows = [("A", 2e13, .1), ("A", 2e13, .3), ("A", 8e13, .4), ("A", 3.2e14, .8), ("C", 2e13, .4),
-            ("C", 8e13, .9), ("B", 2e13, .1), ("B", 8e13, .6)]
-    rows = [dict(arm=arm, flops=str(flops), word_rate=str(words)) for arm, flops, words in rows]
-    assert rivals.multipliers(rows) == {("C", 2e13): pytest.approx(4), ("B", 8e13): pytest.approx(2)}
-    assert rivals.multipliers(rows[4:]) == {}
+    the logarithm) between 8e13 and 3.2e14. More than A ever has, or less, is not compared; nor
+    where A does not rise."""
+    def rows(seed, *points):
+        return [dict(arm=arm, flops=str(flops), seed=seed, word_rate=str(words)) for arm, flops, words in points]
+    others = ("C", 2e13, .4), ("C", 8e13, .9), ("B", 2e13, .1), ("B", 8e13, .6)
+    one = rows("0", ("A", 2e13, .2), ("A", 8e13, .4), ("A", 3.2e14, .8), *others)
+    two = rows("1", ("A", 2e13, .3), ("A", 8e13, .4), ("C", 2e13, .35))
+    falls = rows("2", ("A", 2e13, .3), ("A", 8e13, .7), ("A", 3.2e14, .65), ("C", 2e13, .6))
+    assert rivals.multipliers([*one, *two, *falls]) == {
+        ("C", 2e13): [pytest.approx(4), pytest.approx(2)], ("B", 8e13): [pytest.approx(2)]}
+    assert rivals.multipliers(rows("0", *others)) == {}
 
 
 def test_each_point_of_a_frontier_is_judged_once(study, monkeypatch, capsys):
