@@ -10,7 +10,7 @@ take the two apart. A position is `patch_size` frames.
              small diffusion head (Li et al. 2024), as in SALAD, LatentLM and CALM
     units    B on k-means units
 
-    python -m lab.autoregressive --arm B --size tiny --out out/ar     train; all flags of cdslm.py
+    python -m lab.autoregressive --arm B --lr 8e-3 --muon-lr 0.16 --out out/ar   all flags of cdslm.py
     python -m lab.autoregressive --arm C --flops 2e13 --out out/c     for a budget of FLOPs
     python eval_pjsd.py out/ar                 judge it, as every run; so sample.py and all judges
     python -m lab.autoregressive eval_pjsd out/ar --temperature 0.9   what only B has
