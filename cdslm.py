@@ -107,8 +107,7 @@ class Config:
     sampling: str = opt(None, "even steps (paper), or where words are decided", "even", "words")
     ctx_drop: float = opt(0.0, "share of contexts replaced by silence (paper: 0)", least=0, most=1)
 
-    steps: int = opt(None, "training steps; more extend a finished run", least=1,
-                     section="training")
+    steps: int = opt(None, "training steps; more extend a run", least=1, section="training")
     minutes: float = opt(None, "train fewer steps if they would take longer (0: no limit)", least=0)
     batch_size: int = opt(None, "windows per step, over all devices", least=1)
     micro_batch: int = opt(0, "windows per forward pass, to save memory (0: all)", least=0)
@@ -121,6 +120,7 @@ class Config:
     clip: float = opt(1.0, "maximum gradient norm", above=0)
     ema: float = opt(0.999, "EMA decay; EMA weights are validated and sampled", least=0, most=1)
     eval_every: int = opt(500, "steps between validations; each saves a checkpoint", least=1)
+    save_minutes: float = opt(10.0, "a checkpoint at least this often", above=0)
     seed: int = opt(0, "all randomness follows from this number", least=0, most=2 ** 63 - 1)
 
     out: str = opt(None, "run folder; by default out/SIZE", section="machine")
@@ -851,7 +851,7 @@ import copy
 import datetime
 import gc
 import glob
-import importlib
+import importlib.util
 import itertools
 import json
 import os
@@ -859,6 +859,7 @@ import re
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -1585,8 +1586,9 @@ def open_corpus(config):
 # the internet can run no code. There is a whole checkpoint on the disk at every moment.
 
 CHECKPOINTS = "checkpoint.pt", "checkpoint.previous.pt", "trunk.pt"           # the newest first
-MAY_CHANGE = {"out", "steps", "minutes", "micro_batch", "eval_every", "device", "dtype", "compile",
-              "parallel", "checkpoint_activations", "sampling"}       # when a run is resumed
+MAY_CHANGE = {"out", "steps", "minutes", "micro_batch", "eval_every", "save_minutes", "device",
+              "dtype", "compile", "parallel", "checkpoint_activations",
+              "sampling"}                                     # when a run is resumed
 
 
 def save(path, **contents):
@@ -1813,10 +1815,13 @@ def multiplies_bf16(device):
 
 
 def compiles(config, device):
-    """Whether the blocks are compiled: as asked, else where a minute of compiling pays."""
-    if config.compile is None:
-        return device.type == "cuda" and config.steps >= 10_000
-    return config.compile
+    """Whether the blocks are compiled: as asked, else where a minute of compiling pays. On CUDA
+    that needs Triton, which not every system has, and a GPU of 2017 or later."""
+    if config.compile is not None:
+        return config.compile
+    return (device.type == "cuda" and config.steps >= 10_000
+            and importlib.util.find_spec("triton") is not None
+            and torch.cuda.get_device_capability(device) >= (7, 0))
 
 
 def ranks():
@@ -1836,9 +1841,9 @@ def check_division(config, count):
 
 
 @contextlib.contextmanager
-def together():
-    """Under torchrun, connect to the other ranks. If one of them is lost, the others soon stop with
-    a UserError. Yields the rank."""
+def together(device=torch.device("cpu")):
+    """Under torchrun, connect to the other ranks, of which each has such a device. If one of them
+    is lost, the others soon stop with a UserError. Yields the rank."""
     rank, size = ranks()
     if size == 1:
         yield rank
@@ -1848,7 +1853,9 @@ def together():
         f"rank {rank} of {size} waits for the others at {where}; if none were started, unset RANK"])
     waiting.daemon = True
     waiting.start()
-    dist.init_process_group(timeout=datetime.timedelta(days=1))       # caching may take long
+    # Tensors of a GPU are exchanged by NCCL, what lies in a CPU's memory by gloo.
+    backends = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backends, timeout=datetime.timedelta(days=1))     # caching takes long
     waiting.cancel()
     if rank:
         sys.stdout = open(os.devnull, "w")
@@ -1884,7 +1891,6 @@ class ManyDevices(OneDevice):
 
 VALIDATION_WINDOWS = 64
 ANGLES = [math.pi / 2 * (i + 0.5) / 10 for i in range(10)]    # noise levels of the validation
-SAVE_SECONDS = 600                    # a checkpoint at least this often
 DIVERGED = 100                        # no training recovers from such a loss; it begins at about 1
 
 
@@ -2008,7 +2014,8 @@ class Trainer:
         self.done = 0                                         # steps
         self.skipped = self.failed = 0                        # not finite: in all, and in a row
         self.signals, self.saved = [], time.monotonic()       # when the last checkpoint was
-        self.stopping = self.late = False                     # of any rank: a signal; too long
+        self.stopping = self.late = False                     # a signal to any rank; too long ago
+        self.waited = 0.0                                     # seconds, for the next batch
 
     def read(self, step, positions):
         """Log-mel windows (b, T, 80) float16 of a micro-batch; on CUDA, their copy to the device is
@@ -2027,10 +2034,15 @@ class Trainer:
         While one is trained on, a thread reads the windows of the next."""
         config, parts = self.config, self.hardware.micro_batches(self.config)
         order = ((step, part) for step in itertools.count(self.done) for part in parts)
-        with ThreadPoolExecutor(1) as thread:
+        setup = {}
+        if self.copy_stream:                                  # a new thread would use cuda:0
+            setup = dict(initializer=torch.cuda.set_device, initargs=[self.device])
+        with ThreadPoolExecutor(1, **setup) as thread:
             coming = thread.submit(self.read, self.done, parts[0])
             for (step, part), following in itertools.pairwise(order):
+                begun = time.perf_counter()
                 mel = coming.result()
+                self.waited += time.perf_counter() - begun
                 if self.copy_stream:
                     torch.cuda.current_stream().wait_stream(self.copy_stream)
                     mel.record_stream(torch.cuda.current_stream())
@@ -2053,14 +2065,15 @@ class Trainer:
         result = training_step(self.network, self.ema, self.optimizers, self.diffusion, config,
                                step, self.batches, self.hardware)
         self.done += 1
-        late = time.monotonic() - self.saved > SAVE_SECONDS
+        late = self.rank == 0 and time.monotonic() - self.saved > 60 * config.save_minutes
         asked = self.hardware.total(torch.tensor([len(self.signals), late]))  # by gloo: no GPU
         self.stopping, self.late = (asked > 0).tolist()
+        wait, self.waited = self.waited, 0.0
         windows = self.done * config.batch_size
         hours = windows * self.corpus.window / FRAME_RATE / 3600
         return {"step": self.done, "result": result, "lr": config.lr * lr_factor(config, step),
                 "tokens": windows * self.size["tokens"], "flops": windows * self.size["flops"],
-                "hours": hours, "epochs": hours / self.hours}
+                "hours": hours, "epochs": hours / self.hours, "wait": wait}
 
     def finish(self, row):
         """Wait for the device: the row with its loss and gradient norm. Raises UserError after ten
@@ -2072,6 +2085,8 @@ class Trainer:
         if self.failed == 10:
             raise UserError(f"ten steps in a row with a loss above {DIVERGED} or not finite: "
                             "training has diverged; try a lower --lr or --muon-lr in another --out")
+        if self.device.type == "cuda":
+            row["memory"] = torch.cuda.max_memory_allocated(self.device)      # bytes of tensors
         return row | {"loss": loss, "gradient": norm, "skipped": self.skipped}
 
     @torch.no_grad()
@@ -2108,7 +2123,6 @@ class Trainer:
         """Write a checkpoint: full state dicts, gathered in rank 0's memory: the same for any
         number of ranks."""
         from torch.distributed.checkpoint import state_dict as tools          # slow to import
-        self.saved = time.monotonic()
         options = tools.StateDictOptions(full_state_dict=True, cpu_offload=True)
         optimizer = tools.get_optimizer_state_dict(self.model, self.optimizers, options=options)
         model = tools.get_model_state_dict(self.model, options=options)
@@ -2116,6 +2130,7 @@ class Trainer:
         if self.rank == 0:
             save(path, step=self.done, steps=self.config.steps, skipped=self.skipped, model=model,
                  ema=ema, optimizer=optimizer)
+        self.saved = time.monotonic()                         # however long it took
 
     def restore(self, found):
         """Go on from a checkpoint; from None, begin."""
@@ -2131,14 +2146,19 @@ class Trainer:
         try:
             tools.set_model_state_dict(self.model, found["model"], options=options)
             tools.set_model_state_dict(self.ema, found["ema"], options=options)
-            tools.set_optimizer_state_dict(self.model, self.optimizers, found["optimizer"],
-                                           options=options)
+            # Copied: state that is set is not, and would keep the checkpoint's file open.
+            tools.set_optimizer_state_dict(self.model, self.optimizers,
+                                           copy.deepcopy(found["optimizer"]), options=options)
         except (RuntimeError, KeyError):
             raise UserError("its checkpoint is of another network or optimiser") from None
 
 
 def check_run(config):
     """Raise UserError before work begins: about flags, folders, disk and memory."""
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
+    if tasks > 1 and ranks()[1] == 1:
+        raise UserError(f"srun has started {tasks} processes, and each would train alone: set RANK "
+                        "and the other variables, see docs/cluster.md")
     device, dtype = decide(checked(config))
     unfit = ranks()[1] == 1 or config.optimizer == "muon" or dtype == torch.float16
     if config.parallel == "fsdp" and unfit:
@@ -2165,10 +2185,13 @@ def train(config, trainer_of=Trainer, count=count):
                         "--out")
     device, dtype = check_run(config)
     process, cache = lab("process"), lab("cache")
-    with together() as rank, contextlib.nullcontext() if rank else claim(config):
+    with together(device) as rank, contextlib.nullcontext() if rank else claim(config):
         announce(config, device, dtype, count)
         if rank:
             dist.barrier()                                    # rank 0 makes what the others open
+            if not Path(config.out, "autoencoder.pt").exists():
+                raise UserError(f"--out {config.out} of rank 0 is not to be seen by rank {rank}; "
+                                "put it on a disk that all nodes share")
         corpus = cache.indexed(config) if rank and cache else None
         corpus = corpus or open_corpus(config)
         if rank == 0 and not (Path(config.out) / "config.json").exists():
@@ -2183,6 +2206,8 @@ def train(config, trainer_of=Trainer, count=count):
             train_loop(trainer, Path(config.out))
         if trainer.stopping:
             print(f"stopped after step {trainer.done}; the same command goes on from there")
+            if dist.is_initialized():
+                dist.barrier()                                # torchrun kills all once one is gone
             raise SystemExit(128 + (trainer.signals or [signal.SIGTERM])[0])
         if rank == 0:
             del trainer                                       # its memory may be needed now
@@ -2200,11 +2225,14 @@ def announce(config, device, dtype, count=count):
           f"{size['tokens']} tokens, {size['flops'] * config.batch_size / 1e9:.3g} GFLOP per step")
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") is not None or config.device != "auto"
     if device.type == "cpu" and not hidden and shutil.which("nvidia-smi"):
+        if subprocess.run("nvidia-smi", capture_output=True).returncode:      # no driver answers
+            return
         why = "was built without CUDA;"
         if torch.version.cuda:
             why = f"needs a driver for CUDA {torch.version.cuda}; update the driver, or"
         print(f"note: there is an NVIDIA GPU, but this torch {why} pip install torch "
-              "--force-reinstall --index-url https://download.pytorch.org/whl/cu126")
+              "--force-reinstall --index-url https://download.pytorch.org/whl/cu128 (cu126 for an "
+              "older GPU or driver)")
 
 
 def train_loop(trainer, folder):

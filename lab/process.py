@@ -7,6 +7,7 @@ first finishes its step. The ranks of a run are compared: speech, decoder, and t
 """
 import contextlib
 import ctypes
+import os
 import signal
 import sys
 import threading
@@ -63,15 +64,16 @@ def prepare():
 @contextlib.contextmanager
 def interruptible(signals):
     """Ctrl-C, SIGTERM and SIGUSR1 (of a batch system) are noted in `signals`; the training loop
-    then saves a checkpoint and ends. A second one stops at once, but not under torchrun, which
+    then saves a checkpoint and ends. A second one stops at once, but not under a launcher: torchrun
     may send the same signal twice."""
+    launched = dist.is_initialized() or "TORCHELASTIC_RUN_ID" in os.environ
     if threading.current_thread() is not threading.main_thread():
         yield                                                 # no other thread gets signals
         return
 
     def note(number, frame):
         signals.append(number)
-        if len(signals) > 1 and not dist.is_initialized():
+        if len(signals) > 1 and not launched:
             raise KeyboardInterrupt(number)
 
     numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM)}
@@ -83,15 +85,17 @@ def interruptible(signals):
             signal.signal(number, handler)
 
 
-def check_alike(corpus, autoencoder):
-    """Raise UserError unless all ranks have the same speech and decoder, as on a shared disk."""
-    if dist.is_initialized():
-        weights = [tensor.double().sum().item() for tensor in autoencoder.state_dict().values()]
-        found = [None] * ranks()[1]
-        dist.all_gather_object(found, (corpus.contents, *weights))
-        if len(set(found)) > 1:
-            raise UserError("the ranks see different speech or another autoencoder.pt; put --data, "
-                            "--out and CDSLM_CACHE on a disk that all nodes share")
+def check_alike(trainer):
+    """Raise UserError unless all ranks have the same speech and decoder, as on a shared disk, and
+    go on from the same step."""
+    weights = [tensor.cpu().double().sum().item()             # of one kind of processor
+               for tensor in trainer.autoencoder.state_dict().values()]
+    found = [None] * ranks()[1]
+    dist.all_gather_object(found, (trainer.corpus.contents, trainer.done, *weights))
+    if len(set(found)) > 1:
+        raise UserError("the ranks see different speech, another autoencoder.pt or another "
+                        "checkpoint; put --data, --out and CDSLM_CACHE on a disk that all nodes "
+                        "share")
 
 
 @torch.no_grad()
@@ -129,6 +133,17 @@ def watch_replicas(trainer):
     trainer.validate = checked
 
 
+def watch_beginning(trainer):
+    """Have the ranks compare what they begin with, or go on from."""
+    restore = trainer.restore
+
+    def checked(found):
+        restore(found)
+        check_alike(trainer)
+
+    trainer.restore = checked
+
+
 def sharded_checkpoints(trainer):
     """The context of a run with checkpoints in shards, if it is to write or may have to read
     them."""
@@ -143,9 +158,10 @@ def sharded_checkpoints(trainer):
 def attend(trainer):
     """Around the training loop: signals are noted, all ranks are alike and stay so, they share the
     work of Muon, and checkpoints may be in shards."""
-    check_alike(trainer.corpus, trainer.autoencoder)
-    if dist.is_initialized() and trainer.config.parallel == "ddp":
-        watch_replicas(trainer)
-        muon.share(trainer.optimizers)
     with interruptible(trainer.signals), sharded_checkpoints(trainer):
+        if dist.is_initialized():
+            watch_beginning(trainer)
+        if dist.is_initialized() and trainer.config.parallel == "ddp":
+            watch_replicas(trainer)
+            muon.share(trainer.optimizers)
         yield

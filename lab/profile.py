@@ -4,7 +4,8 @@
     python -m lab.profile --size base --data my_recordings --compile --steps 20 --out prof
     torchrun --nproc_per_node=8 -m lab.profile --size xl --parallel fsdp ...    of rank 0
 
-It takes every flag of cdslm.py. `--steps` are those that are profiled, after three that are not.
+It takes every flag of cdslm.py. `--steps` are those that are profiled, after three that are not; as
+a run is so short, the blocks are compiled only with `--compile`, even where training compiles them.
 It prints the ten most expensive operators, how long a step waits for its batch, and on a GPU the
 peak of memory. OUT/trace.json shows when each operator ran: open it at https://ui.perfetto.dev. OUT
 is out/profile unless given, and no run folder: nothing is trained that is kept.
@@ -19,6 +20,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from cdslm import (Trainer, UserError, check_run, cli, config_parser, new_autoencoder, open_corpus,
                    replacing, to_config, together)
+from lab import muon
 from lab.bench import table
 
 WARM = 3                              # steps until compilation and memory have settled
@@ -37,24 +39,11 @@ def make_trainer(config, rank, device, dtype):
     return Trainer(config, corpus, autoencoder, device, dtype)
 
 
-def timed_batches(trainer, waits):
-    """The trainer's micro-batches; the seconds until each is there are added to `waits`."""
-    batches = trainer.micro_batches()
-    while True:
-        begun = time.perf_counter()
-        with record_function("wait for the batch"):
-            batch = next(batches)
-        waits.append(time.perf_counter() - begun)
-        yield batch
-
-
 def record(trainer, steps):
     """Train: (profiler, seconds of these steps, seconds in which they waited for batches)."""
-    waits, cuda = [], trainer.device.type == "cuda"
-    trainer.batches = timed_batches(trainer, waits)
+    wait, cuda = 0.0, trainer.device.type == "cuda"
     for _ in range(WARM):
         trainer.finish(trainer.step())
-    waits.clear()
     activities = [ProfilerActivity.CPU]
     if cuda:
         activities.append(ProfilerActivity.CUDA)
@@ -65,12 +54,13 @@ def record(trainer, steps):
         for _ in range(steps):
             with record_function("step"):
                 row = trainer.step()
+                wait += row["wait"]
                 if before:
                     trainer.finish(before)                    # a step late, as in training
             before = row
         trainer.finish(before)
         seconds = time.perf_counter() - begun
-    return profiler, seconds, sum(waits)
+    return profiler, seconds, wait
 
 
 def operators(profiler, steps, cuda):
@@ -112,8 +102,10 @@ def main():
     if any((folder / name).exists() for name in ("config.json", "checkpoint.pt")):
         raise UserError(f"--out {folder} holds a run; choose another folder for the trace")
     device, dtype = check_run(config)
-    with together() as rank:
+    with together(device) as rank:
         trainer = make_trainer(config, rank, device, dtype)
+        if dist.is_initialized() and config.parallel == "ddp":
+            muon.share(trainer.optimizers)                    # as in training
         profiler, seconds, wait = record(trainer, config.steps)
         if rank == 0:
             report(trainer, profiler, seconds, wait)

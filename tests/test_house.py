@@ -155,7 +155,7 @@ def test_the_file_is_executed_once(tmp_path):
     ("        shrink = math.sin(next_phi)", "        shrink = math.cos(next_phi)", True),
     ('"""One update of the network', '"""One (a note) update of the network', False),
     ("        # Tokens.\n", "        # Tokens of a student.\n", False),
-    ("SAVE_SECONDS = 600", "SAVE_SECONDS = 60", False)])
+    ("VALIDATION_WINDOWS = 64", "VALIDATION_WINDOWS = 65", False)])
 def test_the_methods_fingerprint_follows_the_method_alone(tmp_path, old, new, differs):
     """Not its comments, its docstrings, or the machinery."""
     text = (ROOT / "cdslm.py").read_text()

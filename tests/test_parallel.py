@@ -1,9 +1,12 @@
 """Many devices: here two processes on a CPU, which talk through gloo."""
+import contextlib
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import sys
+import time
 
 import pytest
 import torch
@@ -42,8 +45,9 @@ def program(words, place, said, fault):
     cdslm.cli(cdslm.main)
 
 
-def run(folder, ranks=2, fault=None, **settings):
-    """Run as `torchrun --nproc_per_node=RANKS` would; the last rank has the fault. [(exit status, lines), ...]"""
+def run(folder, ranks=2, fault=None, outs=None, **settings):
+    """Run as `torchrun --nproc_per_node=RANKS` would; the last rank has the fault. `outs`: each rank's own run folder,
+    as on nodes that share no disk. [(exit status, lines), ...]"""
     processes, folder = multiprocessing.get_context("forkserver"), folder / "said"
     processes.set_forkserver_preload([__name__])                       # torch is imported once
     folder.mkdir(exist_ok=True)
@@ -53,7 +57,7 @@ def run(folder, ranks=2, fault=None, **settings):
     begun = []
     for rank in range(ranks):
         here = place | dict(RANK=str(rank), LOCAL_RANK=str(rank)) if ranks > 1 else {}
-        words = flags(**RUN | dict(out=folder.parent / "run") | settings)
+        words = flags(**RUN | dict(out=outs[rank] if outs else folder.parent / "run") | settings)
         words = [word for word in words if word != "True"]             # --compile has no value
         begun.append(processes.Process(target=program, args=(
             words, here | {"CDSLM_CACHE": os.environ["CDSLM_CACHE"]}, folder / str(rank), fault if rank == ranks - 1
@@ -127,10 +131,9 @@ def test_a_run_goes_on_with_another_number_of_ranks(alone, tmp_path, ways):
 
 
 def test_a_checkpoint_is_saved_by_the_clock_too(mute, small, monkeypatch):
-    monkeypatch.setattr(cdslm, "SAVE_SECONDS", 0)
     steps, save = [], cdslm.Trainer.save
     monkeypatch.setattr(cdslm.Trainer, "save", lambda t, path: (steps.append(t.done), save(t, path)))
-    train(small(steps=3, eval_every=100, lr_schedule="cosine"))
+    train(small(steps=3, eval_every=100, lr_schedule="cosine", save_minutes=1e-9))
     assert steps == [1, 2, 3]
 
 
@@ -162,6 +165,60 @@ def test_nodes_without_a_shared_disk_are_told_so(tmp_path, monkeypatch):
     ended = run(tmp_path, fault=(99, 0))
     assert [status for status, _ in ended] == [2, 2]
     assert any("on a disk that all nodes share" in line for line in ended[0][1])
+
+
+def test_a_node_that_does_not_see_the_run_folder_is_told_so(tmp_path):
+    (_, said), (status, whispered) = run(tmp_path, outs=[tmp_path / "one", tmp_path / "two"])
+    assert status == 2 and len(whispered) == 1 and "put it on a disk that all nodes share" in whispered[0]
+    assert said[-1].startswith("error: rank 0: another rank stopped") and not (tmp_path / "two").exists()
+
+
+@pytest.mark.slow
+def test_a_node_that_would_go_on_from_another_step_is_told_so(alone, tmp_path):
+    """As where the run folder was copied to each node, once before the last checkpoint."""
+    outs = [shutil.copytree(alone, tmp_path / name) for name in ("one", "two")]
+    (outs[1] / "checkpoint.previous.pt").replace(outs[1] / "checkpoint.pt")
+    ended = run(tmp_path, outs=outs)
+    assert [status for status, _ in ended] == [2, 2]
+    assert all("another checkpoint; put --data" in said[-1] for _, said in ended)
+
+
+@pytest.mark.parametrize("kind, backends", [("cuda", "cpu:gloo,cuda:nccl"), ("cpu", "gloo"), ("mps", "gloo")])
+def test_what_lies_in_a_cpus_memory_is_exchanged_by_gloo(monkeypatch, kind, backends):
+    """Also where tensors of GPUs are exchanged by NCCL: NCCL alone would refuse the signals."""
+    monkeypatch.setattr(cdslm, "ranks", lambda: (0, 2))
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    asked = []
+    monkeypatch.setattr(cdslm.dist, "init_process_group", lambda backend, timeout: asked.append(backend))
+    monkeypatch.setattr(cdslm.dist, "destroy_process_group", lambda: None)
+    with cdslm.together(torch.device(kind)):
+        assert asked == [backends]
+
+
+def test_srun_without_the_variables_of_a_launcher_is_recognised(monkeypatch, small, tmp_path):
+    """64 processes would each be rank 0 of 1."""
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "64")
+    with pytest.raises(UserError, match="srun has started 64 processes, and each would train alone"):
+        train(small())
+    assert not (tmp_path / "run").exists()
+    for name, value in dict(RANK="0", WORLD_SIZE="64", MASTER_ADDR="here", MASTER_PORT="1").items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="must divide evenly over 64 devices"):
+        train(small())
+
+
+@pytest.mark.parametrize("launched", [False, True])
+def test_torchrun_of_one_process_may_send_a_signal_twice(monkeypatch, launched):
+    if launched:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    noted = []
+    with own_process.interruptible(noted):
+        os.kill(os.getpid(), signal.SIGTERM)
+        with contextlib.nullcontext() if launched else pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.1)
+    assert noted == 2 * [signal.SIGTERM]
 
 
 def test_if_a_rank_dies_the_others_stop_with_one_line(tmp_path):

@@ -42,7 +42,7 @@ def weights(trainer):
 
 def log(folder):
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key not in ("frames/s", "seconds")} for row in rows]
+    return [{key: value for key, value in row.items() if key not in ("frames/s", "wait")} for row in rows]
 
 
 def same(one, other):
@@ -244,7 +244,9 @@ def test_on_a_gpu_a_batch_is_copied_beside_the_step_before(trainer, monkeypatch)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, user: events.append(("used in", user)))
     t = trainer()
     t.copy_stream = "a side stream"
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: events.append(f"the thread uses {device}"))
     first, whole = next(t.micro_batches()), batch(same)
+    assert events.pop(0) == "the thread uses cpu"
     assert events[:4] == ["copy in a side stream", "pin", "the step waits for a side stream", ("used in", stream)]
     assert all(map(torch.equal, first, whole))
 
@@ -401,8 +403,14 @@ def test_a_run_in_float32_multiplies_nothing_in_bf16(trainer, dtype):
 @pytest.mark.parametrize("device, steps, asked, compiled", [
     ("cuda", 20_000, None, True), ("cuda", 200, None, False), ("cpu", 20_000, None, False), ("cpu", 200, True, True),
     ("cuda", 20_000, False, False)])
-def test_long_runs_on_cuda_are_compiled(device, steps, asked, compiled, small):
-    assert cdslm.compiles(small(steps=steps, compile=asked), torch.device(device)) == compiled
+def test_long_runs_on_cuda_are_compiled(device, steps, asked, compiled, small, monkeypatch):
+    """Unless they can't be: without Triton, as on Windows, or on an old GPU."""
+    config, triton, capability = small(steps=steps, compile=asked), "triton", (7, 0)
+    monkeypatch.setattr(cdslm.importlib.util, "find_spec", lambda name: {"triton": triton}[name])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert cdslm.compiles(config, torch.device(device)) == compiled
+    for triton, capability in ((None, (9, 0)), ("triton", (6, 1))):
+        assert cdslm.compiles(config, torch.device(device)) == bool(asked)
 
 
 def test_a_row_waits_for_one_step_and_for_no_checkpoint(mute, small, monkeypatch, tmp_path):
@@ -511,6 +519,29 @@ def test_the_ruler_does_not_move_when_a_student_changes_the_loss(trainer, monkey
                          ("alpha", lambda self, t: 1 - t)):
         monkeypatch.setattr(cdslm.Diffusion, name, change)
     assert t.validate(8) == before
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux tells which files are mapped")
+def test_a_run_that_goes_on_leaves_its_checkpoint_free(trainer, tmp_path):
+    """Windows replaces no file that is mapped."""
+    t, path = trainer(optimizer="muon"), tmp_path / "free.pt"
+    stepped(t)
+    t.save(path)
+    found = load(path, mmap=True)
+    assert str(path) in Path("/proc/self/maps").read_text()
+    other = trainer(optimizer="muon")
+    other.restore(found)
+    del found
+    assert str(path) not in Path("/proc/self/maps").read_text() and other.done == 1
+
+
+def test_a_row_says_how_long_its_batch_was_waited_for(trainer, monkeypatch):
+    t = trainer()
+    read = t.read
+    monkeypatch.setattr(t, "read", lambda *where: (time.sleep(0.2), read(*where))[1])
+    assert 0.2 <= t.step()["wait"] < 5
+    time.sleep(1)                                             # now the next batch is there
+    assert t.step()["wait"] < 0.1
 
 
 def test_float16_trains_as_float32_does(mute, small):

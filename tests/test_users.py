@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -391,7 +392,7 @@ def test_a_rank_alone_says_that_it_waits(monkeypatch, capsys):
     for name, value in dict(RANK="3", WORLD_SIZE="4", MASTER_ADDR="here", MASTER_PORT="1234").items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(cdslm, "WAIT", 0.01)
-    monkeypatch.setattr(cdslm.dist, "init_process_group", lambda **_: time.sleep(0.3) or 1 / 0)
+    monkeypatch.setattr(cdslm.dist, "init_process_group", lambda *_, **__: time.sleep(0.3) or 1 / 0)
     with pytest.raises(ZeroDivisionError), cdslm.together():
         pass
     assert "rank 3 of 4 waits for the others at here:1234" in capsys.readouterr().out
@@ -515,11 +516,13 @@ def test_an_output_folder_gets_files_with_names(trained, tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.glob("*.wav")) == [f"continued-{i}.wav" for i in (1, 2, 3)]
 
 
-@pytest.mark.parametrize("version, asked, why", [
-    (None, "auto", "was built without CUDA; pip install torch"),
-    ("13.0", "auto", "needs a driver for CUDA 13.0; update the driver, or pip install torch"), (None, "cpu", "")])
-def test_a_gpu_that_this_torch_cannot_use_is_noted(small, monkeypatch, capsys, version, asked, why):
+@pytest.mark.parametrize("version, asked, answers, why", [
+    (None, "auto", True, "was built without CUDA; pip install torch"),
+    ("13.0", "auto", True, "needs a driver for CUDA 13.0; update the driver, or pip install torch"),
+    (None, "cpu", True, ""), (None, "auto", False, "")])
+def test_a_gpu_that_this_torch_cannot_use_is_noted(small, monkeypatch, capsys, version, asked, answers, why):
     monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(cdslm.subprocess, "run", lambda name, **_: SimpleNamespace(returncode=0 if answers else 9))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(torch.version, "cuda", version)
     cdslm.announce(small(device=asked), torch.device("cpu"), torch.float32)
