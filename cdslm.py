@@ -2026,6 +2026,7 @@ class Trainer:
         mel = torch.from_numpy(self.corpus.stored("mel", "train", keys, self.corpus.window))
         if self.copy_stream is None:
             return mel
+        torch.cuda.set_device(self.device)                    # this thread would use cuda:0
         with torch.cuda.stream(self.copy_stream):             # beside the step before
             return mel.pin_memory().to(self.device, non_blocking=True)
 
@@ -2034,10 +2035,7 @@ class Trainer:
         While one is trained on, a thread reads the windows of the next."""
         config, parts = self.config, self.hardware.micro_batches(self.config)
         order = ((step, part) for step in itertools.count(self.done) for part in parts)
-        setup = {}
-        if self.copy_stream:                                  # a new thread would use cuda:0
-            setup = dict(initializer=torch.cuda.set_device, initargs=[self.device])
-        with ThreadPoolExecutor(1, **setup) as thread:
+        with ThreadPoolExecutor(1) as thread:
             coming = thread.submit(self.read, self.done, parts[0])
             for (step, part), following in itertools.pairwise(order):
                 begun = time.perf_counter()
