@@ -859,7 +859,6 @@ import re
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -2221,16 +2220,8 @@ def announce(config, device, dtype, count=count):
     print(f"{config.size}: {size['parameters'] / 1e6:.2f} M parameters on {ranks()[1]} x {device} "
           f"in {precision}; {config.steps} steps of {config.batch_size} windows of "
           f"{size['tokens']} tokens, {size['flops'] * config.batch_size / 1e9:.3g} GFLOP per step")
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") is not None or config.device != "auto"
-    if device.type == "cpu" and not hidden and shutil.which("nvidia-smi"):
-        if subprocess.run("nvidia-smi", capture_output=True).returncode:      # no driver answers
-            return
-        why = "was built without CUDA;"
-        if torch.version.cuda:
-            why = f"needs a driver for CUDA {torch.version.cuda}; update the driver, or"
-        print(f"note: there is an NVIDIA GPU, but this torch {why} pip install torch "
-              "--force-reinstall --index-url https://download.pytorch.org/whl/cu128 (cu126 for an "
-              "older GPU or driver)")
+    if plan := lab("plan"):
+        plan.note_unused_gpu(config, device)
 
 
 def train_loop(trainer, folder):

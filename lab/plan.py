@@ -8,6 +8,8 @@ It takes every flag of cdslm.py, and `python cdslm.py --dry-run` is the same pro
 import itertools
 import json
 import os
+import shutil
+import subprocess
 import time
 
 import torch
@@ -88,6 +90,20 @@ def afford(config, device, dtype):
         raise UserError(f"--size {config.size} needs {total:.3g} GiB on each device ({parts}), and "
                         f"this one has {there / 2 ** 30:.3g} for it; see --dry-run with --devices, "
                         "--parallel fsdp, --micro-batch")
+
+
+def note_unused_gpu(config, device):
+    """Say so if an NVIDIA driver answers, but this torch can't use it."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") is not None or config.device != "auto"
+    if device.type != "cpu" or hidden or not shutil.which("nvidia-smi"):
+        return
+    if subprocess.run("nvidia-smi", capture_output=True).returncode:
+        return
+    why = "was built without CUDA;"
+    if torch.version.cuda:
+        why = f"needs a driver for CUDA {torch.version.cuda}; update the driver, or"
+    print(f"note: there is an NVIDIA GPU, but this torch {why} pip install torch --force-reinstall "
+          "--index-url https://download.pytorch.org/whl/cu128 (cu126 for an older GPU or driver)")
 
 
 class Pace:

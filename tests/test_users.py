@@ -17,6 +17,7 @@ import torch
 
 import cdslm
 from cdslm import Config, UserError, load, load_audio, open_corpus, sample, train
+from lab import plan
 from tests.conftest import ROOT, SMALL, command, flags, speech_like
 from tests.test_training import log
 
@@ -522,7 +523,7 @@ def test_an_output_folder_gets_files_with_names(trained, tmp_path, monkeypatch):
     (None, "cpu", True, ""), (None, "auto", False, "")])
 def test_a_gpu_that_this_torch_cannot_use_is_noted(small, monkeypatch, capsys, version, asked, answers, why):
     monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
-    monkeypatch.setattr(cdslm.subprocess, "run", lambda name, **_: SimpleNamespace(returncode=0 if answers else 9))
+    monkeypatch.setattr(plan.subprocess, "run", lambda name, **_: SimpleNamespace(returncode=0 if answers else 9))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(torch.version, "cuda", version)
     cdslm.announce(small(device=asked), torch.device("cpu"), torch.float32)
