@@ -1585,9 +1585,8 @@ def open_corpus(config):
 # the internet can run no code. There is a whole checkpoint on the disk at every moment.
 
 CHECKPOINTS = "checkpoint.pt", "checkpoint.previous.pt", "trunk.pt"           # the newest first
-MAY_CHANGE = {"out", "steps", "minutes", "micro_batch", "eval_every", "save_minutes", "device",
-              "dtype", "compile", "parallel", "checkpoint_activations",
-              "sampling"}                                     # when a run is resumed
+MAY_CHANGE = set("out steps minutes micro_batch eval_every save_minutes device dtype compile "
+                 "parallel checkpoint_activations sampling".split())          # on resuming
 
 
 def save(path, **contents):
