@@ -8,7 +8,8 @@ pitch; pauses cut them into phrases, and phones into words. Then, of phrases tha
 
     topic after prompt      share of first phrases that have the topic of the prompt
     topic, 1 3 10 later     share of pairs of phrases, so many apart, that have the same topic
-    half-life               seconds after which half of that is lost which exceeds chance
+    half-life               seconds after which half of that is lost which exceeds chance; where
+                            single phrases miss the topic, that is loss, too
     whole phrases           share that begins with an opener and ends with a closer
     closers agree           share of those in which the two belong together; in short and long ones
     replies answer          share of changes of the speaker where the first topic word answers
@@ -54,6 +55,7 @@ SAME = APART / 2           # octaves: two phrases that are nearer to each other 
 BACK = SAME / 2            # octaves: the same where a voice is known from several phrases
 LAGS = 1, 3, 10            # phrases
 LONG = 3.0                 # seconds from the opener to the end of the closer
+VOICES = "voice comes back", "semitones apart"
 BIN = 5                    # seconds of a bin of `over_time`
 DRAWS = 500                # of the bootstrap
 HALF_LIVES = np.geomspace(1, 300, 230)    # seconds, 2.5 % apart: those that can be found
@@ -213,8 +215,10 @@ def same(pairs):
 
 def half_life(conversations):
     """{value, interval, cases}: seconds after which half of the agreement of topics that exceeds
-    chance is lost. The exponential curve that fits best, by least squares over pairs of phrases of
-    one conversation. Chance is how often phrases of any two conversations agree."""
+    chance is lost. The exponential curve from 1 that fits best, by least squares over pairs of
+    phrases of one conversation. Chance is how often phrases of any two conversations agree. A
+    phrase that misses the topic in between counts as loss: who misses it in 3 of 10 phrases, but
+    never forgets it, has about 20 s."""
     most = 1 + max(map(len, conversations), default=0)
     table = np.zeros((len(conversations), most, 3))           # agree, pairs, seconds; by lag
     topics = np.zeros((len(conversations), TOPICS))
@@ -263,28 +267,31 @@ def figures(toy, clips, window=None):
 
 
 def over_time(toy, clips):
-    """{words, language, speaker: a list of {value, interval, cases} for every 5 s} of clips. Words:
-    share of speech inside whole words of the right language. Language: share of clips in which
-    they cover more than those of any other. Speaker: share of phrases with a voice of the prompt.
-    """
+    """{words, language, speaker, another speaker: a list of {value, interval, cases} for every 5 s}
+    of clips. Words: share of speech inside whole words of the right language. Language: share of
+    clips in which they cover more than those of any other. Speaker: share of phrases with a voice
+    of the prompt; and, what chance would give, of the prompt of another clip."""
     frames = BIN * FRAME_RATE
     bins = max(1, min(len(clip.phone) for clip in clips) // frames)
-    counts = np.zeros((3, bins, len(clips), 2))
+    counts = np.zeros((4, bins, len(clips), 2))
     for at, clip in enumerate(clips):
         spoken = [phrases_of(clip.phone, clip.octaves, language) for language in toy.languages]
         inside = np.stack([covered(phrases, len(clip.phone)) for phrases in spoken])
-        voices = np.array([phrase.pitch for phrase in clip.prompt])
+        prompts = clip.prompt, clips[at - 1].prompt
+        voices = [np.array([phrase.pitch for phrase in prompt]) for prompt in prompts]
         for number in range(bins):
             cut = slice(number * frames, (number + 1) * frames)
             words = inside[:, cut].sum(1)                     # (languages,)
             others = np.delete(words, clip.language).max(initial=0)
-            near = [(abs(phrase.pitch - voices) < BACK).any() for phrase in spoken[clip.language]
-                    if cut.start <= phrase.start < cut.stop]
+            pitches = [phrase.pitch for phrase in spoken[clip.language]
+                       if cut.start <= phrase.start < cut.stop]
             counts[0, number, at] = words[clip.language], (clip.phone[cut] > 0).sum()
             counts[1, number, at] = words[clip.language] > others, 1
-            counts[2, number, at] = sum(near), len(near)
+            for row, known in zip(counts[2:], voices):
+                near = [(abs(pitch - known) < BACK).any() for pitch in pitches]
+                row[number, at] = sum(near), len(near)
 
-    names, groups = ("words", "language", "speaker"), range(len(clips))
+    names, groups = ("words", "language", "speaker", "another speaker"), range(len(clips))
     return {name: [share(bin, groups) for bin in rows] for name, rows in zip(names, counts)}
 
 
@@ -397,6 +404,7 @@ def judge(arguments):
         raise UserError(f"{arguments.run} was not trained on conversations: python cdslm.py "
                         "--toy-grammar topics --out out/topics")
     config, model, autoencoder = load_run(arguments.run, arguments.device)
+    speak = anchored(arguments.anchor, model)
     toy, listener, device = toy_speech(config), load_listener(), autoencoder.mel_stats.device
     prompt = max(round(PROMPT * FRAME_RATE), model.hears)
     frames = round(arguments.seconds * FRAME_RATE)
@@ -412,9 +420,8 @@ def judge(arguments):
 
     # Continue the prompts; decode with the last second of the prompt, so that no edge is heard.
     context = batched(lambda part: autoencoder.encode(part.to(device)), waves[:, :prompt * HOP])
-    speak = anchored(arguments.anchor)
     generated = speak(model, context, frames, cfg=arguments.cfg, seed=arguments.seed,
-                       progress=GENERATING)
+                      progress=GENERATING)
     joined = torch.cat([context[:, -FRAME_RATE:], generated], dim=1)
     decoded = batched(lambda part: autoencoder.decode(part).cpu(), joined, "decoding", size=1)
 
@@ -425,6 +432,8 @@ def judge(arguments):
     found = {name: figures(toy, side) for name, side in sides.items()}
     window = model.hears, config.ctx_frames + config.gen_frames - model.hears
     found["window"] = figures(toy, sides["text"], window)
+    for name in VOICES:                                       # `forget` forgets no voice
+        found["window"][name] = {"value": None, "interval": None, "cases": 0}
     return vars(arguments) | {"figures": found, "over_time": timed}
 
 
