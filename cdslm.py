@@ -87,24 +87,24 @@ class Config:
     toy_grammar: str = opt("words", "toy speech: pairs of words, or dialogues", "words", "topics")
     toy_seed: int = opt(0, "toy speech: which languages are invented", least=0)
     toy_hours: float = opt(3.0, "toy speech: hours to synthesise", above=0)
-    ctx_seconds: float = opt(None, "seconds of context that the model sees", above=0)
-    gen_seconds: float = opt(None, "seconds that it generates at once", above=0)
+    ctx_seconds: float = opt(None, "seconds of context that the model sees", above=0, most=86_400)
+    gen_seconds: float = opt(None, "seconds that it generates at once", above=0, most=86_400)
 
     latent_dim: int = opt(0, "learned latents per frame; 0: log-mel", least=0, section="sound")
     decoder: str = opt("neural", "frames to sound: learned, or not", "neural", "griffinlim")
     decoder_steps: int = opt(300, "training steps of the learned decoder", least=0)
 
     depth: int = opt(None, "number of blocks L", least=1, section="network")
-    width: int = opt(None, "model width d; by default 128 L (tiny: 192)", least=1)
+    width: int = opt(None, "model width d; by default 128 L (tiny: 192)", least=1, most=2 ** 20)
     patch_size: int = opt(None, "frames per token, k", least=1)
 
     predict: str = opt(None, "velocity (paper), or clean frames", "v", "x0", section="diffusion")
     self_condition: float = opt(None, "share of self-conditioned steps (paper: 0)", least=0, most=1)
     schedule: str = opt("cosine", "noise schedule", "cosine", "linear", "exponential")
     zero_terminal_snr: bool = opt(False, "pure noise at t = 1: no trace of x0 is left")
-    min_snr_gamma: float = opt(None, "cap of the loss weight min(SNR, gamma) (paper: 5)", above=0)
-    t_shift: float = opt(None, "added to logit(t): more training at high noise (paper: 0)")
-    sampling: str = opt(None, "even steps (paper), or where words are decided", "even", "words")
+    min_snr_gamma: float = opt(None, "cap of the loss weight min(SNR, gamma) (base: 5)", above=0)
+    t_shift: float = opt(None, "added to logit(t): more training at high noise (base: 0)")
+    sampling: str = opt(None, "steps, guidance: even, or where words are decided", "even", "words")
     ctx_drop: float = opt(0.0, "share of contexts replaced by silence (paper: 0)", least=0, most=1)
 
     steps: int = opt(None, "training steps; more extend a run", least=1, section="training")
@@ -114,7 +114,7 @@ class Config:
     optimizer: str = opt(None, "for the hidden matrices; the rest uses AdamW", "adamw", "muon")
     lr: float = opt(1e-3, "AdamW learning rate at L = 4, d = 512; muP gives the others", above=0)
     muon_lr: float = opt(0.02, "Muon learning rate, the same at every width", above=0)
-    weight_decay: float = opt(0.03, "AdamW weight decay at L = 4, d = 512", least=0)
+    weight_decay: float = opt(0.03, "of hidden matrices at L = 4, d = 512; times --lr", least=0)
     lr_schedule: str = opt("wsd", "after warmup: constant, then linear; cosine", "wsd", "cosine")
     warmup: int = opt(100, "steps of linear warmup", least=0)
     clip: float = opt(1.0, "maximum gradient norm", above=0)
@@ -125,7 +125,7 @@ class Config:
 
     out: str = opt(None, "run folder; by default out/SIZE", section="machine")
     device: str = opt("auto", "cuda, mps, cpu; auto: the first that is available")
-    dtype: str = opt("auto", "of matrix products", "auto", "bf16", "fp16", "fp32")
+    dtype: str = opt("auto", "of matrix products", "auto", "bf16", "fp32")
     compile: bool = opt(None, "torch.compile the blocks; by default in long runs on CUDA")
     parallel: str = opt("ddp", "each device holds the whole model, or a shard", "ddp", "fsdp")
     checkpoint_activations: bool = opt(False, "recompute activations: less memory, more time")
@@ -267,7 +267,7 @@ class Diffusion:
         if self.schedule == "cosine":
             return torch.cos(math.pi / 2 * t)               # Nichol & Dhariwal 2021, offset 0
         if self.schedule == "linear":
-            return torch.exp(-0.05 * t - 19.9 / 4 * t ** 2) # Song et al. 2021, Eq. 33
+            return torch.exp(-0.05 * t - 19.9 / 4 * t ** 2) # VP-SDE, 2011.13456, Eq. 33
         return torch.sigmoid(10 - 20 * t).sqrt()            # exponential: log-SNR linear in t
 
     def angle(self, t):
@@ -333,9 +333,9 @@ class Diffusion:
 
 
 # --------------------------------------------------------------------------------------------------
-# 5. muP and CompleteP [paper]: what is tuned at the base size (L = 4, d = 512) holds at every size.
-# Learning rate and weight decay of a layer follow the width m = d/512 by the layer's role. The
-# residual branches and AdamW's epsilon also follow the depth L/4.
+# 5. muP (Yang et al. 2021) and CompleteP (Dey et al. 2025) [paper]: what is tuned at the base size
+# (L = 4, d = 512) holds at every size. Learning rate and weight decay of a layer follow the width
+# m = d/512 by its role. The residual branches and AdamW's epsilon also follow the depth L/4.
 
 BASE_DEPTH, BASE_WIDTH = 4, 512
 
@@ -477,7 +477,8 @@ class MMDiT(nn.Module):
         super().__init__()
         d, token = config.width, config.patch_size * config.channels
         heads = max(1, d // 64)
-        self.config, self.patch_size, self.hears = config, config.patch_size, config.ctx_frames
+        self.config, self.patch_size = config, config.patch_size
+        self.hears = config.ctx_frames                        # lab/causal.py hears more
         self.register_buffer("silence", torch.zeros(config.channels))     # set by Trainer
         self.enter_ctx = linear(token, d, "input", bias=True)
         self.enter_gen = linear(token, d, "input", bias=True)
@@ -595,8 +596,8 @@ def guided(model, ctx, cfg, xt, phi, estimate):
 
 
 def ddim(predict, x, angles):
-    """DDIM (Song et al. 2021, Eq. 12 without noise): keep the eps that x0 implies, and move to the
-    next angle. `predict(x, phi, estimate)` gives x0."""
+    """DDIM (Song et al. 2021, 2010.02502, Eq. 12 without noise): keep the eps that x0 implies, and
+    move to the next angle. `predict(x, phi, estimate)` gives x0."""
     x0 = None
     for phi, next_phi in zip(angles, angles[1:]):
         x0 = predict(x, phi, x0)
@@ -734,7 +735,7 @@ def make_optimizers(model, config, dtype=torch.float32):
 
 
 def decay_start(steps):
-    """The step at which wsd begins its linear decay: the last quarter of the run (Hu et al. 2024).
+    """The step at which wsd (Hu et al. 2024) begins to decay. CHOICE: linearly, over a quarter.
     Before it, a longer and a shorter run are equal."""
     return steps - math.ceil(steps / 4)
 
@@ -759,13 +760,11 @@ class OneDevice:
 
     def __init__(self, device="cpu", dtype=torch.float32):
         self.device, self.dtype = torch.device(device), dtype
-        # Skips updates that are not finite; and in float16, whose range is small, scales losses.
-        self.half = dtype == torch.float16
-        self.scaler = torch.amp.GradScaler(self.device.type, 2.0 ** 16 if self.half else 1.0,
-                                           enabled=self.half or self.device.type != "mps")
+        # It scales nothing: on the device, it skips updates that are not finite.
+        self.scaler = torch.amp.GradScaler(self.device.type, 1.0, enabled=self.device.type != "mps")
 
     def place(self, tensor):
-        """Copy a CPU's tensor here; waiting, except for CUDA: its memory may be used again."""
+        """Copy a CPU's tensor here; except on CUDA, wait: its memory may be used again after it."""
         return tensor.to(self.device, non_blocking=self.device.type == "cuda")
 
     def micro_batches(self, config):
@@ -833,7 +832,7 @@ def training_step(network, ema, optimizers, diffusion, config, step, batches, ha
         if finite:
             hardware.scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
-    hardware.scaler.update(None if hardware.half else 1.0)    # smaller where float16 overflowed
+    hardware.scaler.update(1.0)
 
     decay = min(config.ema, (1 + step) / (10 + step)) if finite else 1.0      # short at first
     with torch.no_grad():
@@ -1261,7 +1260,8 @@ def lock(path, wait=False):
 # 11. Data. A source, a folder or the toy corpus, is a list of clips. They are cached once, in
 # shards of about half an hour: int16 audio for the decoder, float16 log-mel for the diffusion. A
 # hash of a clip's own name decides whether it is for training or validation, so a new file moves no
-# other. Long recordings are split minute by minute; a second is left out where the splits meet.
+# other, once there are 20 minutes of speech. Long recordings are split minute by minute; where the
+# splits meet, a second is left out.
 
 CACHE_VERSION, SHARD_SECONDS, BLOCK_SECONDS, VALIDATION_SHARE = 3, 1800, 60, 0.06
 
@@ -1584,7 +1584,7 @@ def open_corpus(config):
 # 12. Checkpoints: tensors and plain values only, loaded with weights_only=True, so that a file from
 # the internet can run no code. There is a whole checkpoint on the disk at every moment.
 
-CHECKPOINTS = "checkpoint.pt", "checkpoint.previous.pt", "trunk.pt"           # the newest first
+CHECKPOINTS = "checkpoint.pt", "checkpoint.previous.pt", "trunk.pt", "trunk.previous.pt"
 MAY_CHANGE = set("out steps minutes micro_batch eval_every save_minutes device dtype compile "
                  "parallel checkpoint_activations sampling".split())          # on resuming
 
@@ -1596,8 +1596,8 @@ def save(path, **contents):
 
 
 def load(path, mmap=False):
-    """What `save` wrote; `mmap` reads only what is used. Raises UserError if the file is damaged or
-    not a cdslm checkpoint."""
+    """What `save` wrote; with `mmap` only what is used stays in memory. The whole file is read, to
+    check it. Raises UserError if it is damaged or not a cdslm checkpoint."""
     if not path.exists():
         raise UserError(f"{path}: no such file")
     try:
@@ -1629,10 +1629,10 @@ def checkpoints(folder):
 def can_go_on(found, config):
     """Whether a run of `config.steps` can go on from a checkpoint of which `found` holds step and
     steps: not where the learning rate has already decayed, to another number of steps."""
-    limit = config.steps
-    if config.lr_schedule == "wsd" and found["steps"] != config.steps:
-        limit = decay_start(min(config.steps, found["steps"]))
-    return found["step"] <= limit
+    if found["steps"] == config.steps:
+        return found["step"] <= config.steps
+    shorter = min(config.steps, found["steps"])
+    return config.lr_schedule == "wsd" and found["step"] <= decay_start(shorter)
 
 
 def resume_point(folder, config):
@@ -1681,7 +1681,8 @@ def check_out(config):
         if differ:
             raise UserError(f"--out {folder} holds another run ({', '.join(differ)}); choose "
                             "another --out")
-        if config.minutes and saved.minutes:
+        if config.minutes and saved.minutes and config.steps != saved.steps:
+            print(f"note: this run keeps its {saved.steps} steps; --steps alone makes it longer")
             config.steps = saved.steps
     elif foreign := [*folder.glob("log.jsonl"), *folder.glob("[1-4]_*.wav")]:
         raise UserError(f"--out {folder} holds {foreign[0].name}, but no run; choose another --out")
@@ -1791,12 +1792,9 @@ def decide(config):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")            # TF32
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    if config.dtype != "auto":
-        return device, dtypes[config.dtype]
-    if multiplies_bf16(device):
-        return device, torch.bfloat16
-    return device, torch.float16 if device.type == "cuda" else torch.float32  # such as a T4
+    # No float16: activations of a trained model exceed its largest number, 65,504.
+    bf16 = config.dtype == "bf16" or config.dtype == "auto" and multiplies_bf16(device)
+    return device, torch.bfloat16 if bf16 else torch.float32
 
 
 def multiplies_bf16(device):
@@ -2133,20 +2131,22 @@ class Trainer:
         if found is None:
             return
         self.done, self.skipped = found["step"], found["skipped"]
-        for group in found["optimizer"]["param_groups"]:
-            if "ns_steps" in group:                           # a run begun with torch.optim.Muon
-                for name in ("nesterov", "ns_coefficients", "ns_steps", "eps", "adjust_lr_fn"):
-                    group.pop(name, None)
         from torch.distributed.checkpoint import state_dict as tools
         options = tools.StateDictOptions(full_state_dict=True)
+        # Not strict: weights that have had no gradient yet have no state.
+        partial = tools.StateDictOptions(full_state_dict=True, strict=False)
         try:
             tools.set_model_state_dict(self.model, found["model"], options=options)
             tools.set_model_state_dict(self.ema, found["ema"], options=options)
             # Copied: state that is set is not, and would keep the checkpoint's file open.
             tools.set_optimizer_state_dict(self.model, self.optimizers,
-                                           copy.deepcopy(found["optimizer"]), options=options)
+                                           copy.deepcopy(found["optimizer"]), options=partial)
         except (RuntimeError, KeyError):
             raise UserError("its checkpoint is of another network or optimiser") from None
+        for name, parameter in self.model.named_parameters():
+            if name not in found["optimizer"]["state"]:
+                for optimizer in self.optimizers:
+                    optimizer.state.pop(parameter, None)
 
 
 def check_run(config):
@@ -2156,9 +2156,8 @@ def check_run(config):
         raise UserError(f"srun has started {tasks} processes, and each would train alone: set RANK "
                         "and the other variables, see docs/cluster.md")
     device, dtype = decide(checked(config))
-    unfit = ranks()[1] == 1 or config.optimizer == "muon" or dtype == torch.float16
-    if config.parallel == "fsdp" and unfit:
-        raise UserError("--parallel fsdp needs torchrun, --optimizer adamw, --dtype bf16 or fp32")
+    if config.parallel == "fsdp" and (ranks()[1] == 1 or config.optimizer == "muon"):
+        raise UserError("--parallel fsdp needs torchrun and --optimizer adamw")
     for needed, name in ((config.parallel == "fsdp", "fsdp"), (config.latent_dim, "latents")):
         if needed and lab(name) is None:
             raise UserError(f"these flags need lab/{name}.py beside cdslm.py")
@@ -2272,6 +2271,8 @@ def train_loop(trainer, folder):
                     bar.set_postfix(shown, refresh=False)
             bar.update()
             if saves:
+                if trainer.rank == 0:
+                    os.fsync(log.fileno())                    # no checkpoint without its rows
                 trainer.save(folder / "checkpoint.pt")
 
 

@@ -130,10 +130,10 @@ def keep_to_time(config, done, seconds):
     spent = (time.perf_counter() - LAUNCHED) / 60
     # The rest is for validation, sound, and a machine that slows down.
     affordable = (0.85 * config.minutes - spent) * 60 / seconds
-    if affordable >= config.steps - done:
+    full, fewer = config.steps, max(2 * done, int(done + affordable) // 100 * 100)
+    if fewer >= full:
         return False
-    full = config.steps
-    config.steps = max(2 * done, int(done + affordable) // 100 * 100)
+    config.steps = fewer
     tqdm.write(f"{full} steps would take {full * seconds / 60:.0f} minutes here: training for "
                f"{config.steps} instead; for all of them add --steps {full}")
     return True

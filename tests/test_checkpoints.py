@@ -48,6 +48,14 @@ def test_a_longer_run_goes_on_from_the_last_step_that_both_share(tmp_path):
         resume_point(tmp_path, Config(steps=400))
 
 
+def test_a_cosine_run_is_of_one_length(tmp_path):
+    """Its learning rate is never that of a longer run."""
+    save(tmp_path / "checkpoint.pt", step=500, steps=1000)
+    assert resume_point(tmp_path, Config(steps=1000, lr_schedule="cosine"))["step"] == 500
+    with pytest.raises(UserError, match="choose another --out"):
+        resume_point(tmp_path, Config(steps=2000, lr_schedule="cosine"))
+
+
 def test_a_run_that_goes_on_reads_its_newest_checkpoint_alone(tmp_path, monkeypatch):
     for name, step in (("trunk.pt", 750), ("checkpoint.pt", 500), ("checkpoint.pt", 900)):
         save(tmp_path / name, step=step, steps=1000)

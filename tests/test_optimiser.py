@@ -1,4 +1,3 @@
-import functools
 import itertools
 import json
 import math
@@ -130,22 +129,6 @@ def test_muon_is_torchs_but_for_the_coefficients(monkeypatch):
 
 
 @needs_torchs
-def test_a_run_begun_with_torchs_muon_goes_on(small, tmp_path, mute):
-    """Its checkpoint has groups with keys that ours has not, and no others."""
-    config = small(optimizer="muon", steps=4, eval_every=2)
-    theirs = functools.partial(torch.optim.Muon, adjust_lr_fn="original")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cdslm, "Muon", lambda matrices, lr, decay, dtype: theirs(matrices, lr, decay))
-        cdslm.train(config)
-    begun = cdslm.load(tmp_path / "run/checkpoint.pt")
-    assert any("ns_steps" in group for group in begun["optimizer"]["param_groups"])
-    cdslm.train(small(optimizer="muon", steps=8, eval_every=2))
-    made = cdslm.load(tmp_path / "run/checkpoint.pt")
-    assert made["step"] == 8 and not any("ns_steps" in group for group in made["optimizer"]["param_groups"])
-    name = "blocks.0.gen.qkv.weight"
-    assert not torch.equal(*(c["optimizer"]["state"][name]["momentum_buffer"] for c in (begun, made)))
-
-
 def test_a_checkpoint_of_another_optimiser_is_one_line(small, tmp_path, mute):
     """As torch before 2.9 left them: AdamW updated what Muon should have."""
     cdslm.train(small(optimizer="adamw", steps=2))

@@ -437,6 +437,8 @@ def test_a_slow_machine_takes_fewer_steps(capsys, monkeypatch, seconds, steps):
     plan.keep_to_time(config, plan.TRIAL, seconds)
     assert config.steps == steps
     assert ("--steps 4500" in capsys.readouterr().out) == (steps < 4500)
+    short = cdslm.Config(steps=50, minutes=0.01)
+    assert not plan.keep_to_time(short, plan.TRIAL, seconds) and short.steps == 50      # never more than asked for
 
 
 def test_a_shortened_run_stays_as_short(mute, small, monkeypatch, capsys):
@@ -544,26 +546,29 @@ def test_a_row_says_how_long_its_batch_was_waited_for(trainer, monkeypatch):
     assert t.step()["wait"] < 0.1
 
 
-def test_float16_trains_as_float32_does(mute, small):
-    """As on a T4, whose matrix products are fast in float16 only."""
-    losses = {}
-    for dtype in ("fp16", "fp32"):
-        config = small(dtype=dtype, steps=5, out=str(Path(small().out) / dtype))
-        train(config)
-        losses[dtype] = [row["loss"] for row in log(Path(config.out))]
-    assert losses["fp16"] == pytest.approx(losses["fp32"], rel=2e-2)
-    assert losses["fp16"] != losses["fp32"]
+def test_a_run_goes_on_from_before_its_first_self_conditioned_step(trainer, tmp_path):
+    """The weights that only such steps use have no optimiser state yet."""
+    for optimizer in ("muon", "adamw"):
+        settings = dict(optimizer=optimizer, self_condition=1e-9)
+        straight, first, second = (trainer(**settings) for _ in range(3))
+        for t in (straight, straight, first):
+            stepped(t)
+        first.save(tmp_path / "early.pt")
+        second.restore(load(tmp_path / "early.pt"))
+        stepped(second)
+        assert torch.equal(weights(straight), weights(second))
+        state = [optimizer.state for optimizer in second.optimizers]
+        assert not any(second.model.enter_guess.weight in known for known in state)
 
 
-def test_a_step_that_overflows_float16_changes_nothing_but_the_scale(trainer):
-    t = trainer()
-    t.hardware = cdslm.OneDevice("cpu", torch.float16)
-    t.hardware.scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** 60)
-    before = [parameter.clone() for parameter in t.model.parameters()]
-    row = stepped(t)
-    assert row["skipped"] == 1 and math.isfinite(row["loss"])
-    assert all(map(torch.equal, before, t.model.parameters()))
-    assert t.hardware.scaler.get_scale() == 2.0 ** 59
+@pytest.mark.parametrize("capability, dtype", [((7, 5), torch.float32), ((8, 0), torch.bfloat16)])
+def test_a_gpu_without_bf16_computes_in_float32(monkeypatch, small, capability, dtype):
+    """Not in float16, whose largest number a trained model exceeds."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: torch.ones(1))
+    assert cdslm.decide(small(device="cuda:0", dtype="auto"))[1] == dtype
+    assert cdslm.decide(small(device="cuda:0", dtype="fp32"))[1] == torch.float32
 
 
 def test_on_windows_a_file_that_is_read_is_replaced_a_moment_later(tmp_path, monkeypatch):
