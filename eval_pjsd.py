@@ -241,7 +241,7 @@ def judge_run(arguments, generate=generate):
     sample = best_of(arguments.best_of)
     config, model, autoencoder = load_run(arguments.run, arguments.device)
     if arguments.decided and hasattr(model, "errors"):
-        raise UserError("--decided is for runs of cdslm.py, whose noise level is one for all frames")
+        raise UserError("--decided is for runs of cdslm.py, where all frames have one noise level")
     is_toy, m = config.data == "toy", config.gen_frames
     if is_toy and config.toy_grammar == "topics":
         raise UserError(f"{arguments.run} was trained on conversations; judge it with "

@@ -10,7 +10,8 @@ take the two apart. A position is `patch_size` frames.
              small diffusion head (Li et al. 2024), as in SALAD, LatentLM and CALM
     units    B on k-means units
 
-    python -m lab.autoregressive --arm B --lr 8e-3 --muon-lr 0.16 --out out/ar   all flags of cdslm.py
+    python -m lab.autoregressive --arm B --lr 8e-3 --muon-lr 0.16 --out out/ar     train; it takes
+                                               all flags of cdslm.py
     python -m lab.autoregressive --arm C --flops 2e13 --out out/c     for a budget of FLOPs
     python eval_pjsd.py out/ar                 judge it, as every run; so sample.py and all judges
     python -m lab.autoregressive eval_pjsd out/ar --temperature 0.9   what only B has
@@ -194,9 +195,10 @@ def run_program(name, words):
         raise UserError("--ceiling is for eval_pjsd")
     if name not in PROGRAMS:
         raise UserError(f"{name} is none of {', '.join(PROGRAMS)}")
-    arms = [read_arm(word) for word in words if Path(word).is_dir()]
-    if arguments.temperature != 1 and not set(arms) & set(TOKENS):
-        raise UserError("--temperature is for runs of B and of units")
+    if arguments.temperature != 1:
+        arms = {read_arm(word) for word in words if Path(word).is_dir()}
+        if not arms & set(TOKENS):
+            raise UserError("--temperature is for runs of B and of units")
 
     program, parts = importlib.import_module(name), {}
     CodeModel.temperature = arguments.temperature

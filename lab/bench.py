@@ -293,6 +293,7 @@ def bench_sampling(quick, run):
     the same noise."""
     from eval_pjsd import REFERENCE, compare
     from lab.listener import batched, load_listener, speak
+    from lab.sides import log_mel_of
     config, model, autoencoder = load_run(run)
     listener = load_listener()
     evaluations, finest = (EVALUATIONS[:2], 8) if quick else (EVALUATIONS, FINEST)
@@ -309,8 +310,7 @@ def bench_sampling(quick, run):
         return batched(continued, contexts, size=32)
 
     def pjsd(x0):
-        mel = autoencoder.to_mel(x0) * autoencoder.mel_stats[1] + autoencoder.mel_stats[0]
-        return compare(listener.hear(mel)["clips"], reference)["pjsd"][:3]
+        return compare(listener.hear(log_mel_of(autoencoder, x0))["clips"], reference)["pjsd"][:3]
 
     rows = []
     for cfg in GUIDANCE:

@@ -13,6 +13,7 @@ from cdslm import UserError, guided, keyed_noise
 from lab.figures import new_figure, save_figure
 from lab.listener import batched, guess_language, nearness, spans, voice_truth
 from lab.markov import words_in
+from lab.sides import log_mel_of
 
 LOG_SNRS = range(-10, 9, 2)
 
@@ -57,7 +58,6 @@ def what_is_decided(model, autoencoder, listener, toy, frames, spoken):
     """`decided` of a model for utterances (B, Tc + Tg, C), without guidance and self-conditioning.
     """
     n = model.config.ctx_frames
-    mean, deviation = autoencoder.mel_stats[:2]
 
     def estimate(pairs, phi):
         return guided(model, pairs[:, :n], 1, pairs[:, n:], phi, None)
@@ -65,7 +65,7 @@ def what_is_decided(model, autoencoder, listener, toy, frames, spoken):
     def predict(xt, phi):
         pairs = torch.cat([frames[:, :n], xt], dim=1)
         x0 = batched(lambda part: estimate(part, phi), pairs, size=32)
-        return autoencoder.to_mel(x0) * deviation + mean
+        return log_mel_of(autoencoder, x0)
     return decided(predict, listener, toy, frames[:, n:], spoken)
 
 

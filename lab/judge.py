@@ -10,7 +10,7 @@ import eval_pjsd
 from cdslm import CFG, FRAME_RATE, STEPS, UserError, autocast, log_mel, sample
 from lab import markov, pair_speech, pairs, quality
 from lab.listener import batched, language_kept, load_listener, speak
-from lab.sides import CONTEXTS, REFERENCE, decode
+from lab.sides import CONTEXTS, REFERENCE, decode, log_mel_of
 from lab.topics import toy_speech
 
 ASKED, NUMBER = ("word", "place", "order"), 100               # kinds of pairs; pairs of each
@@ -73,8 +73,7 @@ class Judge:
 
     def hear(self, frames):
         """Frames (B, T, C) -> log-mel (B, T, 80) and the phones that are recognised in it."""
-        mean, std = self.autoencoder.mel_stats
-        mel = self.autoencoder.to_mel(frames) * std + mean
+        mel = log_mel_of(self.autoencoder, frames)
         return mel, self.listener.hear(mel)["clips"]
 
     def share_right(self, model, asked):

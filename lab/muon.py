@@ -26,7 +26,8 @@ def orthogonalize_shared(matrices, dtype):
 
 
 def share(optimizers):
-    """Have Muon, if it is among the optimisers, share its work between the ranks of DDP."""
+    """Have Muon, if it is among the optimisers, share its work between the ranks, if there are
+    some."""
     for optimizer in optimizers:
-        if isinstance(optimizer, Muon):
+        if dist.is_initialized() and isinstance(optimizer, Muon):
             optimizer.orthogonalize = orthogonalize_shared

@@ -21,8 +21,8 @@ from cdslm import (LAUNCHED, STEPS, Config, Diffusion, MMDiT, UserError, autocas
 
 # Bytes per token and channel that a block keeps for the backward pass, without attention's scores.
 # CUDA's autocast keeps 63: it normalises in float32.
-KEPT = {torch.float32: 92, torch.bfloat16: 58, torch.float16: 58}
-KEPT_ON_CUDA = KEPT | {torch.bfloat16: 63, torch.float16: 63}
+KEPT = {torch.float32: 92, torch.bfloat16: 58}
+KEPT_ON_CUDA = KEPT | {torch.bfloat16: 63}
 WARM, TRIAL = 10, 40                  # the speed of a run is measured between these steps
 
 
@@ -145,7 +145,7 @@ def facts(config, devices, tflops):
     device, dtype = decide(config)
     if devices:
         device = torch.device("cuda")
-        dtype = {"fp32": torch.float32, "fp16": torch.float16}.get(config.dtype, torch.bfloat16)
+        dtype = torch.float32 if config.dtype == "fp32" else torch.bfloat16
     count_of_devices = max(1, devices)
     check_division(config, count_of_devices)
 

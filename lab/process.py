@@ -161,7 +161,7 @@ def attend(trainer):
     with interruptible(trainer.signals), sharded_checkpoints(trainer):
         if dist.is_initialized():
             watch_beginning(trainer)
-        if dist.is_initialized() and trainer.config.parallel == "ddp":
-            watch_replicas(trainer)
-            muon.share(trainer.optimizers)
+            if trainer.config.parallel == "ddp":
+                watch_replicas(trainer)
+        muon.share(trainer.optimizers)
         yield

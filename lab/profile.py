@@ -104,8 +104,7 @@ def main():
     device, dtype = check_run(config)
     with together(device) as rank:
         trainer = make_trainer(config, rank, device, dtype)
-        if dist.is_initialized() and config.parallel == "ddp":
-            muon.share(trainer.optimizers)                    # as in training
+        muon.share(trainer.optimizers)                        # as in training
         profiler, seconds, wait = record(trainer, config.steps)
         if rank == 0:
             report(trainer, profiler, seconds, wait)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from cdslm import FRAME_RATE, HOP, UserError, sample
+from cdslm import CFG, FRAME_RATE, HOP, UserError, sample
 from lab.listener import batched, speak
 from lab.topics import toy_speech
 from lab.toyspeech import ToySpeech
@@ -79,13 +79,25 @@ def decode(autoencoder, frames):
     return batched(lambda part: autoencoder.decode(part).cpu(), frames, "decoding")
 
 
-def generate(sides, model, autoencoder, steps, cfg, sample=sample):
-    """Add what the model generates after the contexts."""
-    seeds, started = itertools.count(), time.perf_counter()
+def log_mel_of(autoencoder, frames):
+    """Frames (B, T, C) -> log-mel (B, T, 80), without the decoder."""
+    mean, std = autoencoder.mel_stats
+    return autoencoder.to_mel(frames) * std + mean
+
+
+def continuations(model, frames, steps, cfg=CFG, sample=sample):
+    """What the model generates after the contexts that frames (B, T, C) begin with: (B, Tg, C)."""
+    seeds = itertools.count()
 
     def continue_speech(part):
         return sample(model, part, steps=steps, cfg=cfg, seed=next(seeds))
-    contexts = sides.frames[:, :model.config.ctx_frames]
-    x0 = batched(continue_speech, contexts, "generating", size=32)
+    contexts = frames[:, :model.config.ctx_frames]
+    return batched(continue_speech, contexts, "generating", size=32)
+
+
+def generate(sides, model, autoencoder, steps, cfg, sample=sample):
+    """Add what the model generates after the contexts."""
+    started = time.perf_counter()
+    x0 = continuations(model, sides.frames, steps, cfg, sample)
     sides.seconds = time.perf_counter() - started
     sides.generated = decode(autoencoder, x0)

@@ -3,10 +3,10 @@
     python -m lab.speaking out/a out/b out/c                  runs of any arm, beside each other
     python -m lab.speaking out/a out/b --plot speaking.png    and a picture of one continuation
 
-For each number of evaluations: FLOPs, seconds until a second of speech is there, how many times
-faster than listening, and the words in it. The words are read from the frames, without the decoder,
-so its time is not in these figures. Then the mistakes: in which second after the context, and how
-far from a word.
+For each number of evaluations: FLOPs, CPU seconds (of all threads together) until a second of
+speech is there, how many times faster than listening, and the words in it. The words are read from
+the frames, without the decoder, so its time is not in these figures. Then the mistakes: in which
+second after the context, and how far from a word.
 """
 import math
 import time
@@ -15,12 +15,12 @@ from types import SimpleNamespace
 
 import torch
 
-from cdslm import CFG, FRAME_RATE, STEPS, Parser, UserError, cli, keyed_noise, load_run, sample
+from cdslm import CFG, FRAME_RATE, STEPS, Parser, UserError, cli, keyed_noise, load_run
 from lab import markov
 from lab.clips import grouped, pieces_of
 from lab.figures import new_figure, save_figure
 from lab.listener import batched, load_listener, spans, speak
-from lab.sides import CONTEXTS
+from lab.sides import CONTEXTS, continuations, log_mel_of
 from lab.tokens import flops_of
 from lab.topics import toy_speech
 from lab.toyspeech import SYMBOLS
@@ -93,7 +93,8 @@ def mistakes(clips, starts, languages, seconds):
 # Runs, tables and a picture.
 
 def open_run(folder, device, minutes):
-    """A toy run with the contexts that it continues, and the recogniser's view of what follows."""
+    """A toy run, and encoded speech that it is to continue: contexts with what follows in truth,
+    (B, T, C), and its languages."""
     config, model, autoencoder = load_run(folder, device)
     if config.data != "toy" or config.toy_grammar == "topics":
         raise UserError(f"{folder} was not trained on the default toy speech")
@@ -110,61 +111,57 @@ def open_run(folder, device, minutes):
 
 def hear(run, listener, frames):
     """Frames (B, T, C) -> clips of phones, and the frames where these start."""
-    mean, std = run.autoencoder.mel_stats
-    mel = run.autoencoder.to_mel(frames.float()) * std + mean
+    mel = log_mel_of(run.autoencoder, frames.float())
     found = [spans(row) for row in listener.hear(mel)["frames"]]
     return ([[SYMBOLS[phone] for phone, _, _ in row] for row in found],
             [[start for _, start, _ in row] for row in found])
 
 
-def continuations(run, evaluations):
-    """What the run says after all its contexts, (B, T, C)."""
-    parts = run.frames[:, :run.config.ctx_frames].split(32)
-    return torch.cat([sample(run.model, part, steps=evaluations, seed=i)
-                      for i, part in enumerate(parts)])
-
-
 def print_costs(runs, listener):
-    print("| run | evaluations | GFLOPs a second of speech | first second after, s | "
+    """Print what the runs' speech costs. Returns what they said with the most evaluations."""
+    last = []
+    print("| run | evaluations | GFLOPs a second of speech | first second after, CPU s | "
           "times real time | words | in 3 or more |\n" + "|---" * 7 + "|")
     for run in runs:
         ctx = run.frames[:1, :run.config.ctx_frames]
         without_noise = hasattr(run.model, "temperature")     # codes are drawn, not denoised
         for evaluations in EVALUATIONS[-1:] if without_noise else EVALUATIONS:
-            run.said = continuations(run, evaluations)        # the last: of the most evaluations
-            clips, _ = hear(run, listener, run.said)
+            said = continuations(run.model, run.frames, evaluations)
+            clips, _ = hear(run, listener, said)
             found = markov.score(run.toy, clips, run.numbers)
             flops, first, faster = cost(run.model, ctx, evaluations)
             print(f"| {run.name} | {'-' if without_noise else evaluations} | {flops / 1e9:.2f} | "
                   f"{first:.2f} | {faster:.1f} | {found['word_rate']:.3f} | "
                   f"{found['runs_3']:.3f} |")
+        last.append(said)
+    return last
 
 
-def print_mistakes(runs, listener):
+def print_mistakes(runs, said, listener):
+    """Print where what the runs said is wrong, and how far from words; beside true speech."""
     seconds = max(-(-run.config.gen_frames // FRAME_RATE) for run in runs)
     heads = " | ".join(f"second {i + 1}" for i in range(seconds))
     print(f"\n| words in | {heads} | of the rest, one phone from a word |\n"
           + "|---" * (seconds + 2) + "|")
-    for run in runs:
+    for run, generated in zip(runs, said):
         true = run.frames[:, run.config.ctx_frames:]
-        for name, frames in ((f"true, of {run.name}", true), (run.name, run.said)):
+        for name, frames in ((f"true, of {run.name}", true), (run.name, generated)):
             heard = hear(run, listener, frames)
             shares, near = mistakes(*heard, run.languages, seconds)
             cells = " | ".join(f"{share:.3f}" for share in [*shares, near])
             print(f"| {name} | {cells} |")
 
 
-def draw(runs, listener, path, item=0):
+def draw(figure, runs, said, listener, item=0):
     """One context with its true continuation and those of the runs: log-mel, and below it what is
     heard, words in blue, the rest in red."""
     rows = [("true", runs[0], runs[0].frames[:, runs[0].config.ctx_frames:])]
-    rows += [(run.name, run, run.said) for run in runs]
-    figure = new_figure(11, 1.5 * len(rows))
+    rows += [(run.name, run, generated) for run, generated in zip(runs, said)]
     for axes, (name, run, frames) in zip(figure.subplots(len(rows), 1, sharex=True), rows):
         ctx = run.config.ctx_frames
         shown = torch.cat([run.frames[item:item + 1, :ctx], frames[item:item + 1].float()], dim=1)
         mel = run.autoencoder.to_mel(shown)[0].T.cpu().numpy()
-        axes.imshow(mel, origin="lower", aspect="auto", cmap="magma",
+        axes.imshow(mel, origin="lower", aspect="auto", cmap="magma", interpolation="nearest",
                     extent=(-ctx / FRAME_RATE, frames.shape[1] / FRAME_RATE, 0, len(mel)))
         axes.axvline(0, color="white", linestyle=":")
         axes.set(yticks=[], ylabel=name)
@@ -176,7 +173,6 @@ def draw(runs, listener, path, item=0):
             at += len(text)
     axes.set_xlabel("seconds after the context")
     axes.tick_params(axis="x", pad=14)
-    save_figure(figure, path)
 
 
 def main():
@@ -189,12 +185,14 @@ def main():
     if not 0 < arguments.minutes < math.inf:
         raise UserError("--minutes must be more than 0")
 
+    figure = new_figure(11, 1.5 * (1 + len(arguments.runs))) if arguments.plot else None
     runs = [open_run(folder, arguments.device, arguments.minutes) for folder in arguments.runs]
     listener = load_listener()
-    print_costs(runs, listener)
-    print_mistakes(runs, listener)
-    if arguments.plot:
-        draw(runs, listener, arguments.plot)
+    said = print_costs(runs, listener)
+    print_mistakes(runs, said, listener)
+    if figure:
+        draw(figure, runs, said, listener)
+        save_figure(figure, arguments.plot)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from lab import coherence
 from lab.coherence import (Clip, SpokenPhrase, figures, half_life, over_time, phrases_of, recognise, texts, true_clip,
                            turns_of)
 from lab.listener import load_listener, spans
+from lab.markov import symbols_of
 from lab.topics import CLOSER, CONTENT, LINK, OPENER, Chances, TopicSpeech
 from lab.toyspeech import SYMBOLS
 from tests.conftest import SMALL, command, flags
@@ -227,3 +228,10 @@ def test_other_runs_and_flags_are_named_in_one_line(run, trained):
         done = command("lab.coherence", *words)
         assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
     assert not (trained[0] / "coherence.json").exists()
+
+
+def test_texts_that_forget_say_something_else_in_the_same_languages():
+    sides = texts(TOY, 20, 4)
+    assert symbols_of(sides["text"][0].phone) != symbols_of(sides["topic"][0].phone)
+    for name in coherence.NULLS:
+        assert [clip.language for clip in sides[name]] == [clip.language for clip in sides["text"]]

@@ -128,7 +128,6 @@ def test_muon_is_torchs_but_for_the_coefficients(monkeypatch):
     assert (made[0] - made[1]).norm() < 0.05 * (made[1] - start).norm()
 
 
-@needs_torchs
 def test_a_checkpoint_of_another_optimiser_is_one_line(small, tmp_path, mute):
     """As torch before 2.9 left them: AdamW updated what Muon should have."""
     cdslm.train(small(optimizer="adamw", steps=2))
